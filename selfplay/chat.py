@@ -1,0 +1,197 @@
+"""Messages to token ids and back: the only place that tokenizes.
+
+Generation and training share these ids, so a template, BOS or end-token mismatch between them can't arise. Text from
+data or from a model never becomes a special token: where a message spells one, it is encoded as ordinary text.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from selfplay.errors import DataError
+from selfplay.types import Completion, FinishReason, Message, Prompt
+
+# Private-use characters: they stand in for the spelling of a special token while the template renders.
+_MARK = "\ue000\ue001{}\ue001\ue000"
+
+
+class Chat:
+    """A tokenizer with its chat template. `stop_token_ids` end a completion; the first is the one gold answers end with
+    where the template itself ends no turn.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        stop_token_ids: Sequence[int],
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        reasoning_tags: tuple[str, str] | None = None,
+    ) -> None:
+        if not tokenizer.chat_template:
+            raise DataError(
+                f"{tokenizer.name_or_path}: this tokenizer has no chat template. Give one in the recipe: "
+                "chat.chat_template, as text or as a file beside the recipe"
+            )
+        if not stop_token_ids:
+            raise DataError(f"{tokenizer.name_or_path}: no end token is known, so no completion could ever end")
+        self.tokenizer = tokenizer
+        self.stop_token_ids = tuple(dict.fromkeys(stop_token_ids))
+        self.template_kwargs = dict(chat_template_kwargs or {})
+        self.reasoning_tags = reasoning_tags
+        special = {
+            *tokenizer.all_special_tokens,
+            *(t.content for t in tokenizer.added_tokens_decoder.values() if t.special),
+        }
+        self._special = sorted(special, key=len, reverse=True)
+        hello = self.render((Message("user", "hello"),), add_generation_prompt=True)
+        self._opens_thinking = reasoning_tags is not None and hello.rstrip().endswith(reasoning_tags[0])
+
+    @classmethod
+    def load(
+        cls,
+        model: str,
+        *,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        reasoning_tags: tuple[str, str] | None = None,
+    ) -> "Chat":
+        """The chat of a model folder or hub id. DataError where it has no tokenizer or no template."""
+        from transformers import AutoTokenizer, GenerationConfig
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(model)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{model}: no tokenizer could be loaded ({error})") from error
+        if chat_template is not None:
+            file = Path(chat_template)
+            is_file = len(chat_template) < 1000 and "\n" not in chat_template and file.is_file()
+            tokenizer.chat_template = file.read_text(encoding="utf-8") if is_file else chat_template
+        stops: list[int] = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        try:
+            declared = GenerationConfig.from_pretrained(model).eos_token_id
+        except OSError:  # a model without a generation_config.json
+            declared = None
+        stops += [declared] if isinstance(declared, int) else list(declared or [])
+        return cls(
+            tokenizer,
+            stop_token_ids=stops,
+            chat_template_kwargs=chat_template_kwargs,
+            reasoning_tags=reasoning_tags,
+        )
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool,
+    ) -> str:
+        """The template's text. DataError where the template refuses these messages."""
+        import jinja2
+
+        turns = [{"role": m.role, "content": m.content} for m in messages]
+        try:
+            text = self.tokenizer.apply_chat_template(
+                turns,
+                tools=list(tools) if tools else None,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **self.template_kwargs,
+            )
+        except (jinja2.TemplateError, TypeError, KeyError) as error:
+            roles = ", ".join(m.role for m in messages)
+            raise DataError(f"the chat template refuses these messages (roles: {roles}): {error}") from error
+        return cast(str, text)
+
+    def encode_messages(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> tuple[int, ...]:
+        """Token ids of the rendered messages, with exactly the special tokens that the template itself writes."""
+        spelled = [s for s in self._special if any(s in m.content for m in messages)]
+        if not spelled:
+            text = self.render(messages, tools=tools, add_generation_prompt=add_generation_prompt)
+            return self._encode(text)
+        hidden = []
+        for message in messages:
+            content = message.content
+            for index, special in enumerate(spelled):
+                content = content.replace(special, _MARK.format(index))
+            hidden.append(Message(message.role, content))
+        text = self.render(hidden, tools=tools, add_generation_prompt=add_generation_prompt)
+        marks = "|".join(_MARK.format(f"(?:{index})") for index in range(len(spelled)))
+        ids: list[int] = []
+        for part in re.split(f"({marks})", text):
+            number = part.strip("\ue000\ue001")
+            is_mark = part.startswith("\ue000\ue001") and number.isdigit()
+            ids += self._encode(spelled[int(number)], as_text=True) if is_mark else self._encode(part)
+        return tuple(ids)
+
+    def _encode(self, text: str, *, as_text: bool = False) -> tuple[int, ...]:
+        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=as_text, return_attention_mask=False)
+        return tuple(ids["input_ids"])
+
+    def encode_prompt(self, prompt: Prompt) -> tuple[int, ...]:
+        """Token ids up to and including the generation prompt."""
+        return self.encode_messages(prompt.messages, tools=prompt.tools)
+
+    def encode_completion(self, prompt: Prompt, text: str) -> tuple[int, ...]:
+        """Token ids that `text` has as the completion of `prompt`, ending at the first stop token: a template's newline
+        after it is cut off, else training on it would teach the newline.
+
+        DataError where the rendered prompt is no token prefix of the rendered conversation.
+        """
+        prompt_ids = self.encode_prompt(prompt)
+        turns = (*prompt.messages, Message("assistant", text))
+        ids = self.encode_messages(turns, tools=prompt.tools, add_generation_prompt=False)
+        if ids[: len(prompt_ids)] != prompt_ids:
+            raise DataError(
+                f"prompt {prompt.id}: the rendered prompt is no token prefix of the rendered conversation, so this "
+                "chat template can't be trained on text that the policy did not sample. Give another chat_template or "
+                "chat_template_kwargs (templates that add an empty thinking block only to past turns do this)"
+            )
+        tail = ids[len(prompt_ids) :]
+        end = next((n for n, i in enumerate(tail) if i in self.stop_token_ids), None)
+        return (*tail, self.stop_token_ids[0]) if end is None else tail[: end + 1]
+
+    def encode_gold(self, prompt: Prompt) -> Completion | None:
+        """The prompt's gold answer as a completion; None where it has none."""
+        if prompt.gold is None:
+            return None
+        return Completion(prompt.gold, self.encode_completion(prompt, prompt.gold), finish_reason="gold")
+
+    def completion(
+        self,
+        token_ids: Sequence[int],
+        logps: Sequence[float],
+        finish_reason: FinishReason,
+        stop_reason: int | str | None,
+        stop: Sequence[str] = (),
+    ) -> Completion:
+        """A sampled completion with the text that judges see; the ids stay as they are."""
+        text = self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        cuts = [text.index(s) for s in stop if s in text]
+        text = text[: min(cuts)] if cuts else text
+        text, reasoning = self._split_reasoning(text)
+        return Completion(text.strip(), tuple(token_ids), tuple(logps), finish_reason, stop_reason, reasoning)
+
+    def _split_reasoning(self, text: str) -> tuple[str, str | None]:
+        """(what is shown, the thinking); unfinished thinking leaves an empty text, which no pair takes."""
+        if self.reasoning_tags is None:
+            return text, None
+        opening, closing = self.reasoning_tags
+        before, found, after = text.partition(closing)
+        if found:
+            return after, before.replace(opening, "", 1).strip()
+        return ("", text) if self._opens_thinking or opening in text else (text, None)
+
+    @property
+    def template_digest_text(self) -> str:
+        """What decides how messages become ids; part of a run's identity."""
+        return json.dumps([self.tokenizer.chat_template, self.template_kwargs, self.reasoning_tags], sort_keys=True)

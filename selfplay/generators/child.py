@@ -1,0 +1,98 @@
+"""What runs inside an engine's child process: `python -m selfplay.generators.child FD PARENT_PID`.
+
+FD is one end of a socket pair; messages are JSON. The child never outlives its parent: a thread kills the whole process
+group, and so whatever processes the engine has started, as soon as the parent is gone.
+
+    to the child                                    from the child
+    {"settings": ...}                               {"ready": max_model_len}
+    {"run": [request, ...]}                         {"results": [...]} ... {"done": true}
+    {"score": [ids, ...], "labels": [...]}          {"scores": [[place, logps], ...]} ... {"done": true}
+    {"close": true}                                 {"closed": true}
+                                                    {"error": text, "kind": class, "fatal": bool} at any time
+"""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from multiprocessing.connection import Connection
+from typing import Any
+
+from selfplay.errors import SelfplayError
+from selfplay.generators.engine import Engine, request_from_json, settings_from_json, start_engine
+
+WATCH_SECONDS = 0.25
+
+
+class Channel:
+    """JSON messages over one end of a socket pair."""
+
+    def __init__(self, connection: "Connection[Any, Any]") -> None:
+        self.connection = connection
+
+    def send(self, **message: Any) -> None:
+        self.connection.send_bytes(json.dumps(message).encode())
+
+    def receive(self) -> dict[str, Any]:
+        """The next message. EOFError where the other end is closed."""
+        message: dict[str, Any] = json.loads(self.connection.recv_bytes())
+        return message
+
+
+def main(fd: int, parent: int) -> None:
+    threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
+    os.set_inheritable(fd, False)  # a grandchild holding it would hide our end from the parent
+    channel = Channel(Connection(fd))
+    with _reported(channel):
+        engine = start_engine(settings_from_json(channel.receive()["settings"]))
+        channel.send(ready=engine.max_model_len)
+        while _serve(engine, channel):
+            pass
+    channel.send(closed=True)
+    # No orderly exit: interpreters that end with an engine loaded have hung, and the parent kills the group anyway.
+    os._exit(0)
+
+
+def _serve(engine: Engine, channel: Channel) -> bool:
+    """Handles one message; False when it was the last. A user's error is reported and the engine goes on."""
+    message = channel.receive()
+    try:
+        if "run" in message:
+            for result in engine.run([request_from_json(row) for row in message["run"]]):
+                channel.send(results=[asdict(result)])
+        elif "score" in message:
+            for place, logps in engine.score_labels([tuple(ids) for ids in message["score"]], message["labels"]):
+                channel.send(scores=[[place, logps]])
+        else:
+            return False
+    except SelfplayError as error:
+        channel.send(error=str(error), kind=type(error).__name__, fatal=False)
+    else:
+        channel.send(done=True)
+    return True
+
+
+@contextmanager
+def _reported(channel: Channel) -> Iterator[None]:
+    """Tells the parent what ended this process, then lets it end: the traceback goes to the log."""
+    try:
+        yield
+    finally:
+        kind, error, _ = sys.exc_info()
+        if kind is not None and not isinstance(error, EOFError):
+            channel.send(error=f"{kind.__name__}: {error}", kind=kind.__name__, fatal=True)
+
+
+def _die_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(WATCH_SECONDS)
+    os.killpg(0, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,123 @@
+"""What an engine is: token ids in, token ids and logps out. No text, no prompts, no torch.
+
+An engine serves requests with n = 1. Which completion of which prompt a request stands for is known to its caller,
+by the request's id.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal, Protocol
+
+from selfplay.errors import GeneratorError
+from selfplay.types import Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One completion to draw. `seed` is this request's own; `sampling.seed` and `sampling.num_completions` are not read."""
+
+    id: str
+    prompt_token_ids: tuple[int, ...]
+    seed: int
+    sampling: Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What became of a request: the sampled ids with the stop token among them, and one raw logp (nats, temperature 1,
+    no truncation) per id. `stop_reason` is the id of the stop token or the stop string, None where max_tokens cut.
+    """
+
+    id: str
+    token_ids: tuple[int, ...]
+    logps: tuple[float, ...]
+    finish_reason: Literal["stop", "length"]
+    stop_reason: int | str | None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """How an engine is started.
+
+    `dtype` "auto" computes in bfloat16 where the weights are stored in float32 (a policy is), else as they are stored.
+    `gpu_memory_utilization` and `engine_args` are vLLM's own (on a CPU the first is a share of the machine's memory,
+    read only where VLLM_CPU_KVCACHE_SPACE is not used). `tensor_parallel_size` devices serve one replica, and there are
+    `data_parallel_size` replicas. `max_batch_size` is the number of sequences at once; None is the engine's default.
+    `stop_token_ids` end a completion; nothing else that a model folder says about sampling is used.
+    """
+
+    kind: Literal["vllm", "transformers"]
+    model: str
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    gpu_memory_utilization: float = 0.9
+    tensor_parallel_size: int = 1
+    data_parallel_size: int = 1
+    max_batch_size: int | None = None
+    engine_args: Mapping[str, Any] = field(default_factory=dict)
+    stop_token_ids: tuple[int, ...] = ()
+    seed: int = 0
+
+
+class Engine(Protocol):
+    @property
+    def max_model_len(self) -> int:
+        """The most tokens that a prompt and its completion have together."""
+        ...
+
+    def run(self, requests: Sequence[Request]) -> Iterator[Result]:
+        """One result per request, in the order in which they finish."""
+        ...
+
+    def score_labels(
+        self, prompts: Sequence[tuple[int, ...]], label_token_ids: Sequence[int]
+    ) -> Iterator[tuple[int, list[float]]]:
+        """The place of each prompt and the logps (nats) of each label as its next token, in any order."""
+        ...
+
+    def close(self) -> None:
+        """Frees what the engine holds. Calling it twice is fine."""
+        ...
+
+
+def start_engine(settings: EngineSettings) -> Engine:
+    """An engine in this process, its weights loaded."""
+    if settings.kind == "vllm":
+        from selfplay.generators.vllm import VllmEngine
+
+        return VllmEngine(settings)
+    from selfplay.generators.transformers import TransformersEngine
+
+    return TransformersEngine(settings)
+
+
+def check_lengths(requests: Sequence[Request], max_model_len: int) -> None:
+    """Raises GeneratorError for a request that can't finish within the model's length: an engine would cut it silently."""
+    for request in requests:
+        prompt, new = len(request.prompt_token_ids), request.sampling.max_tokens
+        if prompt == 0:
+            raise GeneratorError(f"request {request.id}: the prompt has no tokens")
+        if prompt + new > max_model_len:
+            raise GeneratorError(
+                f"request {request.id}: {prompt} prompt tokens + max_tokens {new} = {prompt + new} is more than "
+                f"max_model_len {max_model_len}; lower max_tokens or max_prompt_length, or raise max_model_len"
+            )
+
+
+def request_to_json(request: Request) -> dict[str, Any]:
+    return asdict(request)
+
+
+def request_from_json(row: Mapping[str, Any]) -> Request:
+    sampling = dict(row["sampling"])
+    sampling["stop"] = tuple(sampling["stop"])
+    return Request(row["id"], tuple(row["prompt_token_ids"]), row["seed"], Sampling(**sampling))
+
+
+def result_from_json(row: Mapping[str, Any]) -> Result:
+    return Result(row["id"], tuple(row["token_ids"]), tuple(row["logps"]), row["finish_reason"], row["stop_reason"])
+
+
+def settings_from_json(row: Mapping[str, Any]) -> EngineSettings:
+    settings = EngineSettings(**row)
+    return replace(settings, stop_token_ids=tuple(settings.stop_token_ids))

@@ -1,0 +1,233 @@
+"""An engine in child processes: one per replica, each in a session of its own, so that the terminal's Ctrl-C reaches only
+us and a replica's whole process group can be ended at once. `child.py` is the other side.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import IO, Any
+
+from selfplay.errors import DataError, GeneratorError, RecipeError, SecurityError, SelfplayError
+from selfplay.generators.child import Channel
+from selfplay.generators.engine import (
+    EngineSettings,
+    Request,
+    Result,
+    request_to_json,
+    result_from_json,
+)
+from selfplay.generators.environment import child_environment
+
+POLL_SECONDS = 0.5
+CLOSE_SECONDS = 5.0
+LOG_TAIL_LINES = 30
+ERRORS: Mapping[str, type[SelfplayError]] = {
+    kind.__name__: kind for kind in (DataError, GeneratorError, RecipeError, SecurityError)
+}
+
+
+class EngineDiedError(GeneratorError):
+    """A signal ended an engine's process while it worked: another process may do better."""
+
+
+class IsolatedEngine:
+    """Serves requests on `settings.data_parallel_size` replicas. Equal prompts go to one replica, which prefills them once;
+    which one depends on their order alone.
+    """
+
+    def __init__(self, settings: EngineSettings, *, log_path: Path | None = None) -> None:
+        with ExitStack() as stack:
+            self._replicas = [
+                stack.enter_context(_Replica(settings, n, _numbered(log_path, n)))
+                for n in range(settings.data_parallel_size)
+            ]
+            ready: list[int] = [message["ready"] for _, message in _messages(self._replicas, until="ready")]
+            self._stack = stack.pop_all()
+        self._max_model_len = min(ready)
+
+    @property
+    def max_model_len(self) -> int:
+        return self._max_model_len
+
+    @property
+    def process_ids(self) -> tuple[int, ...]:
+        """One per replica; each is also the id of that replica's process group."""
+        return tuple(replica.process.pid for replica in self._replicas)
+
+    def run(self, requests: Sequence[Request]) -> Iterator[Result]:
+        shares = _deal([r.prompt_token_ids for r in requests], len(self._replicas))
+        for replica, share in zip(self._replicas, shares, strict=True):
+            replica.ask(run=[request_to_json(requests[n]) for n in share])
+        for _, message in _messages(self._replicas, until="done"):
+            yield from map(result_from_json, message.get("results", ()))
+
+    def score_labels(
+        self, prompts: Sequence[tuple[int, ...]], label_token_ids: Sequence[int]
+    ) -> Iterator[tuple[int, list[float]]]:
+        shares = _deal(prompts, len(self._replicas))
+        for replica, share in zip(self._replicas, shares, strict=True):
+            replica.ask(score=[prompts[n] for n in share], labels=list(label_token_ids))
+        for replica, message in _messages(self._replicas, until="done"):
+            share = shares[self._replicas.index(replica)]
+            yield from ((share[place], logps) for place, logps in message.get("scores", ()))
+
+    def close(self) -> None:
+        """Returns when the process groups are gone and what they held is free."""
+        self._stack.close()
+
+
+class _Replica:
+    """A child process with its channel and its log."""
+
+    def __init__(self, settings: EngineSettings, number: int, log_path: Path | None) -> None:
+        self.settings = settings
+        self.log_path = log_path
+        self.busy = True  # until it says that it is ready
+        ours, theirs = socket.socketpair()
+        with ExitStack() as stack:
+            stack.enter_context(theirs)
+            stack.enter_context(ours)
+            self.log: IO[bytes] = stack.enter_context(_open_log(log_path))
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "selfplay.generators.child", str(theirs.fileno()), str(os.getpid())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=self.log,
+                stderr=self.log,
+                start_new_session=True,
+                env=child_environment(settings, number),
+            )
+            self.channel = Channel(Connection(ours.detach()))
+            stack.pop_all()
+        theirs.close()
+        self.channel.send(settings=asdict(settings))
+
+    def __enter__(self) -> "_Replica":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self.busy and self.alive():
+            self._ask_to_close()
+        # The group outlives its leader where the engine has processes of its own. The leader isn't reaped before, so
+        # its id can't have become somebody else's.
+        _end_group(self.process.pid)
+        self.process.wait()
+        self.channel.connection.close()
+        self.log.close()
+
+    def _ask_to_close(self) -> None:
+        try:
+            self.channel.send(close=True)
+            self.channel.connection.poll(CLOSE_SECONDS)
+        except OSError:  # it died between two calls
+            return
+
+    def alive(self) -> bool:
+        """Whether the process runs. It is not reaped here: see __exit__."""
+        return os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+
+    def ask(self, **message: Any) -> None:
+        """Sends a message that is answered by others, the last of them {"done": true}."""
+        self.busy = True
+        try:
+            self.channel.send(**message)
+        except BrokenPipeError:
+            raise self.died() from None
+
+    def receive(self) -> dict[str, Any]:
+        """The next message, which is there already. Raises what it reports, or what ended the process."""
+        try:
+            message = self.channel.receive()
+        except (EOFError, ConnectionResetError):
+            raise self.died() from None
+        if "error" not in message:
+            self.busy = not ("done" in message or "ready" in message)
+            return message
+        text = f"the {self.settings.kind} engine of {self.settings.model}: {message['error']}"
+        if message["fatal"] and message["kind"] not in ERRORS:
+            self._await_end()  # the traceback is written after the message was sent
+            text += f"\n{self.quoted_log()}"
+        else:
+            self.busy = message["fatal"]
+        raise ERRORS.get(message["kind"], GeneratorError)(text)
+
+    def died(self) -> GeneratorError:
+        """What to raise for a process that is gone, or whose channel is."""
+        text = f"the {self.settings.kind} engine of {self.settings.model}"
+        ended = self._await_end()
+        if ended is None:
+            return GeneratorError(f"{text} hung up\n{self.quoted_log()}")
+        if ended.si_code == os.CLD_EXITED:
+            return GeneratorError(f"{text} ended with exit code {ended.si_status}\n{self.quoted_log()}")
+        text += f" was killed by {signal.Signals(ended.si_status).name}"
+        if ended.si_status == signal.SIGKILL:
+            text += (
+                " (the system does that when memory runs out: lower max_batch_size, max_model_len or the cache's share, "
+                "gpu_memory_utilization or VLLM_CPU_KVCACHE_SPACE)"
+            )
+        return EngineDiedError(f"{text}\n{self.quoted_log()}")
+
+    def _await_end(self) -> "os.waitid_result | None":
+        """How the process ended; None where it still runs after CLOSE_SECONDS. It is not reaped here: see __exit__."""
+        deadline = time.monotonic() + CLOSE_SECONDS
+        while self.alive() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+
+    def quoted_log(self) -> str:
+        """The last lines of the child's log, and where all of it is."""
+        self.log.flush()
+        self.log.seek(0)
+        lines = self.log.read().decode(errors="replace").splitlines()[-LOG_TAIL_LINES:]
+        where = f" ({self.log_path})" if self.log_path else ""
+        return f"the end of its log{where}:\n" + "\n".join(f"  | {line}" for line in lines)
+
+
+def _messages(replicas: Sequence[_Replica], until: str) -> Iterator[tuple[_Replica, dict[str, Any]]]:
+    """Messages of all replicas as they come, the last of each being the one with the key `until`."""
+    waiting = {replica.channel.connection: replica for replica in replicas}
+    while waiting:
+        # A grandchild may hold a dead child's end open, so silence alone does not say that the child lives.
+        silent = not (heard := wait(list(waiting), POLL_SECONDS))
+        for connection in heard:
+            replica = waiting[connection]  # type: ignore[index]
+            message = replica.receive()
+            if until in message:
+                del waiting[replica.channel.connection]
+            yield replica, message
+        for replica in waiting.values() if silent else ():
+            if not replica.alive() and not replica.channel.connection.poll():
+                raise replica.died()
+
+
+def _deal(prompts: Sequence[tuple[int, ...]], count: int) -> list[list[int]]:
+    """The places that each of `count` replicas serves: equal prompts together, distinct ones in turn."""
+    owner: dict[tuple[int, ...], int] = {}
+    shares: list[list[int]] = [[] for _ in range(count)]
+    for place, prompt in enumerate(prompts):
+        shares[owner.setdefault(prompt, len(owner) % count)].append(place)
+    return shares
+
+
+def _open_log(path: Path | None) -> IO[bytes]:
+    return tempfile.TemporaryFile() if path is None else path.open("ab+")
+
+
+def _end_group(group: int) -> None:
+    try:
+        os.killpg(group, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+def _numbered(path: Path | None, number: int) -> Path | None:
+    return path if path is None or number == 0 else path.with_name(f"{path.stem}-{number}{path.suffix}")

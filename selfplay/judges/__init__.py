@@ -1,0 +1,48 @@
+"""Judges: verifier (rules), llm (a model reads), python (the user's own), coin (the control). See `make_judge`."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from selfplay.protocols import Judge
+from selfplay.recipe import CoinRecipe, JudgeRecipe, LLMJudgeRecipe, PythonJudgeRecipe
+
+
+def make_judge(
+    recipe: JudgeRecipe, *, allow_code: bool = False, open_model: Callable[[str], Any] | None = None
+) -> Judge:
+    """The judge that a recipe names. `open_model` opens a generator for an llm judge with a model of its own."""
+    if isinstance(recipe, CoinRecipe):
+        from selfplay.judges.coin import Coin
+
+        return Coin()
+    if isinstance(recipe, PythonJudgeRecipe):
+        from selfplay.judges.python import load_python_judge
+
+        return load_python_judge(recipe.target, Path(), allow_code=allow_code)
+    if isinstance(recipe, LLMJudgeRecipe):
+        return _llm_judge(recipe, open_model)
+    from selfplay.judges.verifier import Verifier
+
+    return Verifier(tuple(recipe.checks), score=recipe.score, truncated_fails=recipe.truncated_fails)
+
+
+def _llm_judge(recipe: LLMJudgeRecipe, open_model: Callable[[str], Any] | None) -> Judge:
+    from selfplay.judges.llm import LLMJudge
+    from selfplay.judges.template import load_template
+    from selfplay.models import local_model
+    from selfplay.store import weights_digest
+
+    own = recipe.model != "policy"
+    assert not own or open_model is not None
+    return LLMJudge(
+        load_template(recipe.template, Path()),
+        verdict=recipe.verdict,
+        num_verdicts=recipe.num_verdicts,
+        temperature=recipe.temperature,
+        top_p=recipe.top_p,
+        max_tokens=recipe.max_tokens,
+        model=weights_digest(local_model(recipe.model)) if own else "policy",
+        generator_factory=(lambda: open_model(recipe.model)) if own and open_model is not None else None,
+        system_prompt=recipe.system_prompt,
+    )

@@ -1,0 +1,172 @@
+"""What a judge hands back is checked here, where it enters; everything after this point trusts judgements.
+
+Two promises: a score is a finite float or None, never a stand-in; and a judge can't change the records it was shown.
+Prompts are the only records with fields that can be edited in place (`tools`, `checks`, `meta`), so a judge gets copies
+of them, and a copy that comes back edited is an error: a judge that edits its input sees its own edits in the next
+call.
+"""
+
+import copy
+import math
+import numbers
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from types import TracebackType
+
+from selfplay.errors import JudgeError, SelfplayError, UnparsedGateError
+from selfplay.protocols import Judge, JudgeContext
+from selfplay.types import Group, Judgement, Prompt
+
+NOTES_SHOWN = 3
+PROMPTS_SHOWN = 3
+
+
+class Blamed:
+    """A `with` block around foreign code: whatever it raises becomes a JudgeError that says where, chained to the
+    cause.
+
+    SystemExit too, else a judge that calls `sys.exit(0)` would end the run as a success. Ctrl-C and selfplay's own
+    errors pass: they say where already, and keep their exit code.
+    """
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if isinstance(error, Exception | SystemExit) and not isinstance(error, SelfplayError):
+            raise JudgeError(f"{self.where}: {type(error).__name__}: {error}") from error
+
+
+def as_score(value: object, where: str) -> float | None:
+    """`value` as a finite float, or None. bool and numpy scalars are converted; anything else is a JudgeError at
+    `where`.
+    """
+    if value is None:
+        return None
+    if not isinstance(value, numbers.Real):
+        import numpy as np  # np.bool_ is the one numpy scalar that isn't registered as a number
+
+        if not isinstance(value, np.bool_):
+            raise JudgeError(
+                f"{where}: the score {value!r} is a {type(value).__name__}. Return a float, or None for no verdict."
+            )
+    try:
+        score = float(value)
+    except OverflowError:
+        score = math.inf
+    if not math.isfinite(score):
+        raise JudgeError(f"{where}: the score is {score}. Return a finite number, or None for no verdict.")
+    return score
+
+
+def _check_notes(judgement: Judgement, where: str) -> tuple[str, ...]:
+    notes = judgement.notes
+    if not isinstance(notes, tuple | list) or not all(isinstance(note, str) for note in notes):
+        raise JudgeError(f"{where}: `notes` must be a tuple of texts, one per completion; found {notes!r}.")
+    if len(notes) > len(judgement.scores):
+        raise JudgeError(f"{where}: {len(notes)} notes for {len(judgement.scores)} completions. One per completion.")
+    return (*notes, *[""] * (len(judgement.scores) - len(notes)))
+
+
+def _check_one(group: Group, judgement: object, judge_identity: str) -> Judgement:
+    where = f"judge {judge_identity}, prompt {group.prompt.id}"
+    if not isinstance(judgement, Judgement):
+        raise JudgeError(f"{where}: expected a Judgement, found {type(judgement).__name__}.")
+    if judgement.prompt_id != group.prompt.id:
+        raise JudgeError(
+            f"{where}: the judgement in this place is for prompt {judgement.prompt_id!r}. "
+            "Return them in the groups' order."
+        )
+    if not isinstance(judgement.scores, tuple | list):
+        raise JudgeError(f"{where}: `scores` must be a tuple, found {type(judgement.scores).__name__}.")
+    if len(judgement.scores) != len(group.completions):
+        raise JudgeError(
+            f"{where}: {len(judgement.scores)} scores for {len(group.completions)} completions. "
+            "One score per completion, None for no verdict."
+        )
+    scores = tuple(as_score(score, f"{where}, completion {k}") for k, score in enumerate(judgement.scores))
+    return Judgement(judgement.prompt_id, scores, _check_notes(judgement, where))
+
+
+def check_judgements(groups: Sequence[Group], judgements: object, judge_identity: str) -> list[Judgement]:
+    """The judgements with every score a finite float or None and one note per score ("" where the judge gave none).
+
+    JudgeError, naming the judge and the prompt: not a list or tuple, another count than `groups`, another order,
+    another number of scores than completions, a score that is NaN, infinite or no number.
+    """
+    if not isinstance(judgements, list | tuple):
+        raise JudgeError(f"judge {judge_identity}: expected a list of judgements, found {type(judgements).__name__}.")
+    if len(judgements) != len(groups):
+        raise JudgeError(
+            f"judge {judge_identity}: {len(judgements)} judgements for {len(groups)} groups ({_named(groups)}). "
+            "Return one per group, in the groups' order."
+        )
+    return [_check_one(group, found, judge_identity) for group, found in zip(groups, judgements, strict=True)]
+
+
+def _named(groups: Sequence[Group]) -> str:
+    shown = ", ".join(group.prompt.id for group in groups[:PROMPTS_SHOWN])
+    return f"prompts {shown}" + (", ..." if len(groups) > PROMPTS_SHOWN else "")
+
+
+def _copied(prompt: Prompt) -> Prompt:
+    return replace(
+        prompt,
+        tools=copy.deepcopy(prompt.tools),
+        checks=copy.deepcopy(prompt.checks),
+        meta=copy.deepcopy(prompt.meta),
+    )
+
+
+def judge_checked(judge: Judge, groups: Sequence[Group], context: JudgeContext) -> list[Judgement]:
+    """One checked judgement per group, in order. The judge sees copies, so `groups` can't change.
+
+    JudgeError: the judge raised, changed what it was shown, or handed back something `check_judgements` refuses.
+    """
+    identity = judge.identity
+    if not isinstance(identity, str) or not identity:
+        raise JudgeError(
+            f"a judge's identity must be a text that isn't empty; {type(judge).__name__} has {identity!r}."
+        )
+    shown = [replace(group, prompt=_copied(group.prompt)) for group in groups]
+    with Blamed(f"judge {identity} raised on {_named(groups)}"):
+        judgements = judge.judge(list(shown), context)
+    for group, seen in zip(groups, shown, strict=True):
+        if seen != group:
+            raise JudgeError(
+                f"judge {identity} changed the prompt {group.prompt.id} it was shown (tools, checks or meta). "
+                "Work on a copy: `copy.deepcopy(prompt.meta)`."
+            )
+    return check_judgements(groups, judgements, identity)
+
+
+def unparsed_share(judgements: Sequence[Judgement]) -> float:
+    """The share of completions without a verdict, in [0, 1]; 0 where there is nothing to judge."""
+    scores = [score for judgement in judgements for score in judgement.scores]
+    return sum(score is None for score in scores) / len(scores) if scores else 0.0
+
+
+def check_unparsed(judgements: Sequence[Judgement], max_unparsed: float, *, judge_identity: str = "") -> None:
+    """UnparsedGateError where more than the share `max_unparsed` of completions has no verdict.
+
+    Only the first line of a note counts as its reason; the lines after it are details that differ from row to row.
+    """
+    share = unparsed_share(judgements)
+    if share <= max_unparsed:
+        return
+    reasons: Counter[str] = Counter()
+    for judgement in judgements:
+        notes = (*judgement.notes, *[""] * (len(judgement.scores) - len(judgement.notes)))
+        missing = (note for score, note in zip(judgement.scores, notes, strict=False) if score is None)
+        reasons.update((note.splitlines() or ["no reason given"])[0] for note in missing)
+    listed = "\n".join(f"  {count} x {reason}" for reason, count in reasons.most_common(NOTES_SHOWN))
+    raise UnparsedGateError(
+        f"{share:.1%} of the completions got no verdict{f' from judge {judge_identity}' if judge_identity else ''}; "
+        f"at most {max_unparsed:.1%} may. The most frequent reasons:\n{listed}\n"
+        "Change the judge (its template, max_tokens, model), or allow more with a higher max_unparsed; "
+        "completions without a verdict never enter a pair."
+    )

@@ -1,0 +1,135 @@
+"""A judge by import path: "my_judges.py:shorter" (a file beside the recipe) or "package.module:name".
+
+That is a program, and a recipe may come from a stranger: nothing of it runs unless the user allowed it.
+"""
+
+import difflib
+import hashlib
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol, runtime_checkable
+
+from selfplay.errors import RecipeError, SecurityError
+from selfplay.judges.contract import Blamed
+from selfplay.judges.lift import MAX_CONCURRENCY, PairwiseJudge, PointwiseJudge
+from selfplay.protocols import Judge, JudgeContext
+from selfplay.types import Group, Judgement
+
+
+@runtime_checkable
+class _Judging(Protocol):
+    def judge(self, groups: Sequence[Group], context: JudgeContext) -> Sequence[Judgement]: ...
+
+
+class LoadedJudge:
+    """A judge from a user's file. Its identity holds the SHA-256 of the file, so that any change in it counts."""
+
+    def __init__(self, inner: _Judging, identity: str) -> None:
+        self.inner = inner
+        own = inner.identity if isinstance(inner, Judge) else ""
+        self.identity = f"{identity} {own}".strip()
+
+    def judge(self, groups: Sequence[Group], context: JudgeContext) -> Sequence[Judgement]:
+        return self.inner.judge(groups, context)
+
+
+def load_python_judge(target: str, base: Path, *, allow_code: bool) -> Judge:
+    """The judge that `target` names; a file is looked for in `base`, the recipe's folder.
+
+    A function of 2 parameters (prompt, completion) becomes a pointwise judge, one of 3 (prompt, a, b) a pairwise one;
+    an object with a `judge` method is used as it is. A file's folder joins the end of `sys.path`, so that it can import
+    its neighbours; those aren't part of the identity.
+
+    SecurityError unless `allow_code`; RecipeError: nothing there, or nothing that judges; JudgeError: it raised on
+    import.
+    """
+    place, colon, name = target.rpartition(":")
+    if not colon or not place or not name.isidentifier():
+        raise RecipeError(f'judge.target {target!r}: write "file.py:name" or "package.module:name".')
+    if not allow_code:
+        raise SecurityError(
+            f"judge.target {target!r} is a program that this recipe wants to run. "
+            "Read it first; then pass --allow-code to allow it."
+        )
+    is_file = place.endswith(".py")
+    module, digest = _load_file(base / place, target) if is_file else _import_module(place, target)
+    if name not in vars(module):
+        close = difflib.get_close_matches(name, vars(module), n=1)
+        hint = f'; did you mean "{close[0]}"?' if close else ""
+        raise RecipeError(f"judge.target {target!r}: {place} has no {name!r}{hint}")
+    # the name of a file and not its path: a run and its recipe can be moved
+    shown = f"{Path(place).name if is_file else place}:{name}"
+    return LoadedJudge(_as_judge(vars(module)[name], target), f"python:{shown} sha256:{digest}")
+
+
+def _load_file(path: Path, target: str) -> tuple[ModuleType, str]:
+    """The executed file and its SHA-256. What is hashed is what runs: compiled cache files are not used."""
+    try:
+        source = path.read_bytes()
+    except OSError as error:
+        raise RecipeError(f"judge.target {target!r}: can't read {path} ({error.strerror}).") from error
+    digest = hashlib.sha256(source).hexdigest()
+    name = f"selfplay_judge_{path.stem}_{digest[:8]}"
+    spec = spec_from_file_location(name, path)
+    assert spec is not None
+    module = module_from_spec(spec)
+    folder = str(path.resolve().parent)
+    if folder not in sys.path:
+        sys.path.append(folder)  # last, so that a neighbour can't stand in for an installed module
+    sys.modules[name] = module  # dataclasses and pickle look a class's module up there
+    with Blamed(f"judge.target {target!r}: {path.name} failed on import"):
+        exec(compile(source, str(path), "exec"), vars(module))
+    return module, digest
+
+
+def _import_module(place: str, target: str) -> tuple[ModuleType, str]:
+    """The imported module and the SHA-256 of its source file."""
+    with Blamed(f"judge.target {target!r}: {place} failed on import"):
+        try:
+            spec = find_spec(place)
+        except ModuleNotFoundError:  # of a parent package
+            spec = None
+        if spec is not None and spec.has_location and spec.origin is not None:
+            module = importlib.import_module(place)
+            return module, hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()
+    raise RecipeError(
+        f"judge.target {target!r}: no module {place} with a file can be imported here. "
+        'A file beside the recipe is written "file.py:name".'
+    )
+
+
+def _as_judge(found: object, target: str) -> _Judging:
+    if isinstance(found, type):
+        raise RecipeError(f"judge.target {target!r} is a class; name an object of it: `my_judge = {found.__name__}()`.")
+    if isinstance(found, _Judging):
+        return found
+    if not callable(found):
+        raise RecipeError(
+            f"judge.target {target!r} is a {type(found).__name__}: neither a function nor an object with `judge`."
+        )
+    match _num_parameters(found, target):
+        case 2:
+            return PointwiseJudge(found, max_concurrency=MAX_CONCURRENCY)
+        case 3:
+            return PairwiseJudge(found, max_concurrency=MAX_CONCURRENCY)
+    raise RecipeError(
+        f"judge.target {target!r}: a judge function takes (prompt, completion) or (prompt, a, b); "
+        f"this one takes {inspect.signature(found)}."
+    )
+
+
+def _num_parameters(function: Callable[..., Any], target: str) -> int:
+    """How many parameters must be given by place; -1 where one must be given by name."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError) as error:
+        raise RecipeError(
+            f"judge.target {target!r}: its parameters can't be read; write a plain function around it."
+        ) from error
+    required = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return -1 if any(p.kind is p.KEYWORD_ONLY for p in required) else len(required)

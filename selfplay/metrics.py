@@ -1,0 +1,95 @@
+"""Figures of a run, read from its finished files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from selfplay import store
+from selfplay.errors import DataError
+from selfplay.evaluate import paired_gain
+
+PANEL_KEYS = (
+    "heldout_score",
+    "heldout_interval",
+    "heldout_greedy",
+    "on_topic",
+    "mean_length",
+    "truncated",
+    "entropy",
+    "kl",
+    "greedy_on_topic",
+    "greedy_mean_length",
+    "num_unjudged",
+)
+
+
+def status(run: Path) -> dict[str, Any]:
+    """`initial` and a list `rounds` with figures, counts and seconds; `gain` of the last finished policy over the initial one
+    with its paired 95 % interval, also greedy. DataError where `run` is no run directory.
+    """
+    if not (run / "recipe.yaml").exists():
+        raise DataError(f"{run}: no run here (no recipe.yaml). Runs are made by: selfplay iterate RECIPE --out {run}")
+    initial = _panel(run / "initial")
+    rounds: list[dict[str, Any]] = []
+    last: dict[str, Any] | None = None
+    for folder in sorted(run.glob("round-*")):
+        panel = _panel(folder)
+        row: dict[str, Any] = {"round": int(folder.name.removeprefix("round-")), "state": _state(folder)}
+        row |= {key: panel.get(key) for key in PANEL_KEYS}
+        if (folder / "round.json").exists():
+            done = store.read_json(folder / "round.json")
+            row |= {"counts": done["counts"], "train": done["train"], "seconds": _seconds(folder)}
+        last = panel or last
+        rounds.append(row)
+    found: dict[str, Any] = {
+        "initial": {key: initial.get(key) for key in PANEL_KEYS} | {"seconds": _seconds(run / "initial")}
+    }
+    found["rounds"] = rounds
+    for name, key in (("gain", "per_prompt"), ("greedy_gain", "per_prompt_greedy")):
+        gain = paired_gain(initial[key], last[key]) if initial and last else None
+        found |= {name: gain[0] if gain else None, f"{name}_interval": list(gain[1]) if gain else None}
+    return found
+
+
+def _panel(folder: Path) -> dict[str, Any]:
+    path = folder / "eval.json"
+    found: dict[str, Any] = store.read_json(path) if path.exists() else {}
+    return found
+
+
+def _seconds(folder: Path) -> dict[str, float]:
+    path = folder / "seconds.json"
+    found: dict[str, float] = store.read_json(path) if path.exists() else {}
+    return found
+
+
+def _state(folder: Path) -> str:
+    """The last stage that is finished."""
+    marks = (("done", "round.json"), ("trained", "policy"), ("paired", "pairs.jsonl"), ("sampled", "groups"))
+    return next((state for state, name in marks if (folder / name).exists()), "started")
+
+
+def write_metrics(run: Path) -> None:
+    """metrics.jsonl: one line per finished round, derived from the rounds."""
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in status(run)["rounds"] if row["state"] == "done"]
+    store.write_bytes(run / "metrics.jsonl", "".join(lines).encode())
+
+
+def one_line(run: Path, round: int) -> str:
+    """What to say when a panel is done."""
+    panel = _panel(run / ("initial" if round < 0 else f"round-{round:03d}"))
+    name = "initial policy" if round < 0 else f"policy of round {round}"
+    if not panel:
+        return f"{name}: no held-out prompts, so no panel"
+    parts = [f"{name}:"]
+    if panel["heldout_score"] is not None:
+        low, high = panel["heldout_interval"]
+        parts.append(f"held-out {panel['heldout_score']:.3f} [{low:.3f}, {high:.3f}]")
+    if panel["heldout_greedy"] is not None:
+        parts.append(f"greedy {panel['heldout_greedy']:.3f}")
+    if panel["on_topic"] is not None:
+        parts.append(f"on topic {panel['on_topic']:.3f}")
+    parts.append(f"length {panel['mean_length']:.0f}, truncated {panel['truncated']:.3f}")
+    if panel["kl"] is not None:
+        parts.append(f"KL {panel['kl']:.4f}")
+    return " ".join(parts)

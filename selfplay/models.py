@@ -1,0 +1,97 @@
+"""Where a model lies, what it is, and what the machine can do with it."""
+
+import importlib.util
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from selfplay.chat import Chat
+from selfplay.errors import DataError
+from selfplay.recipe import ChatRecipe, GeneratorRecipe, Recipe
+
+
+def local_model(model: str) -> Path:
+    """The folder of a model: the path itself, or the hub snapshot of an id. DataError where there is neither."""
+    if Path(model).is_dir():
+        folder = Path(model)
+    elif model.startswith(("/", ".")):
+        raise DataError(f"model {model}: no such folder")
+    else:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+        try:
+            folder = Path(
+                snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"])
+            )
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            raise DataError(f"model {model}: neither a folder here nor a model that the hub gives ({error})") from error
+    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
+        raise DataError(
+            f"model {model}: {folder} needs a config.json and .safetensors weights (see selfplay import-gguf)"
+        )
+    return folder
+
+
+def resolve_auto(recipe: Recipe) -> Recipe:
+    """The recipe with every `auto` replaced by what this machine takes; recorded in the run, so a resumed run keeps it."""
+    kind = recipe.generator.kind
+    if kind == "auto":
+        kind = "vllm" if importlib.util.find_spec("vllm") is not None else "transformers"
+    bf16 = _computes_bf16() if recipe.train.bf16 == "auto" else recipe.train.bf16
+    return recipe.model_copy(
+        update={
+            "generator": recipe.generator.model_copy(update={"kind": kind}),
+            "train": recipe.train.model_copy(update={"bf16": bf16}),
+        }
+    )
+
+
+def _computes_bf16() -> bool:
+    import torch
+
+    if torch.cuda.is_available():
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def load_chat(model: str, recipe: ChatRecipe) -> Chat:
+    """The chat of a model with a recipe's overrides."""
+    tags = (recipe.reasoning_tags[0], recipe.reasoning_tags[1]) if recipe.reasoning_tags else None
+    return Chat.load(
+        model,
+        chat_template=recipe.chat_template,
+        chat_template_kwargs=recipe.chat_template_kwargs,
+        reasoning_tags=tags,
+    )
+
+
+def open_generator(recipe: GeneratorRecipe, model: Path, chat: Chat, *, seed: int) -> AbstractContextManager[Any]:
+    """A generator of `model`; its engine starts when it is first asked and is gone when the block ends."""
+    if recipe.kind == "scripted":
+        from contextlib import nullcontext
+
+        from selfplay.generators.scripted import ScriptedGenerator
+
+        return nullcontext(ScriptedGenerator(chat, seed=seed))
+    import torch
+
+    from selfplay.generators.engine import EngineSettings
+    from selfplay.generators.generator import EngineGenerator
+
+    assert recipe.kind in ("vllm", "transformers"), "auto is resolved by now"
+    settings = EngineSettings(
+        kind="vllm" if recipe.kind == "vllm" else "transformers",
+        model=str(model),
+        dtype=recipe.dtype,
+        max_model_len=recipe.max_model_len,
+        gpu_memory_utilization=recipe.gpu_memory_utilization,
+        tensor_parallel_size=recipe.tensor_parallel_size,
+        data_parallel_size=recipe.data_parallel_size,
+        max_batch_size=recipe.max_batch_size,
+        engine_args=recipe.engine_args,
+        stop_token_ids=chat.stop_token_ids,
+        seed=seed,
+    )
+    # a CUDA context in this process would keep memory from the trainer; vLLM always gets a process of its own
+    return EngineGenerator(settings, chat, isolate=recipe.kind == "vllm" or torch.cuda.is_available())

@@ -1,0 +1,219 @@
+"""Read a data set as prompts, give them ids, deal them to rounds.
+
+Which round gets a prompt depends on the seed and the prompt alone, never on the number of rounds.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from selfplay.chat import Chat
+from selfplay.errors import DataError, RecipeError
+from selfplay.recipe import PromptsRecipe, at_round
+from selfplay.types import Drop, Message, Prompt, prompt_id
+
+ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+Turns = Literal["first", "last"]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptPool:
+    """All prompts of a data set: `train` in dealing order, `heldout` apart, and what was dropped, with reasons."""
+
+    train: tuple[Prompt, ...]
+    heldout: tuple[Prompt, ...]
+    drops: tuple[Drop, ...]
+    form: str
+
+    @property
+    def digest(self) -> str:
+        """Changes when any prompt, gold answer or check does."""
+        rows = [[p.id, p.gold, list(p.checks)] for p in (*self.train, *self.heldout)]
+        return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+
+    def deal(self, recipe: PromptsRecipe, round: int) -> tuple[Prompt, ...]:
+        """The prompts of a round (0-based). RecipeError where a disjoint pool has run out."""
+        if recipe.num_prompts is None:
+            return self.train
+        count = at_round(recipe.num_prompts, round)
+        start = sum(at_round(recipe.num_prompts, r) for r in range(round)) if recipe.deal == "disjoint" else 0
+        if start + count > len(self.train):
+            raise RecipeError(
+                f"prompts: round {round} needs prompts {start + 1} to {start + count}, but {recipe.source} has "
+                f"{len(self.train)} for training. Lower prompts.num_prompts or rounds, or say deal: same"
+            )
+        return self.train[start : start + count]
+
+
+def load_pool(recipe: PromptsRecipe, *, seed: int, chat: Chat | None = None) -> PromptPool:
+    """The prompts of a recipe. With a chat, prompts of more than max_prompt_length tokens are dropped (never cut)."""
+    rows, form = read_prompts(recipe, recipe.source)
+    drops: list[Drop] = []
+    train = _unique(rows, drops)
+    heldout: list[Prompt] = []
+    if isinstance(recipe.heldout, str):
+        heldout = _unique(read_prompts(recipe, recipe.heldout)[0], drops)
+        seen = {p.id for p in heldout}
+        drops += [Drop(p.id, "also held out") for p in train if p.id in seen]
+        train = [p for p in train if p.id not in seen]
+    train.sort(key=lambda p: _place(seed, p.id))
+    if isinstance(recipe.heldout, float):
+        count = max(1, round(recipe.heldout * len(train)))
+        train, heldout = train[:-count], train[-count:]
+    if chat is not None:
+        train, heldout = _short_enough(train, recipe, chat, drops), _short_enough(heldout, recipe, chat, drops)
+    if not train:
+        reasons = Counter(d.reason for d in drops)
+        raise DataError(f"{recipe.source}: no prompt is left for training ({dict(reasons) or 'the data set is empty'})")
+    return PromptPool(tuple(train), tuple(heldout), tuple(drops), form)
+
+
+def _place(seed: int, id: str) -> str:
+    return hashlib.sha256(f"deal {seed} {id}".encode()).hexdigest()
+
+
+def _unique(rows: Iterable[Prompt | Drop], drops: list[Drop]) -> list[Prompt]:
+    kept: dict[str, Prompt] = {}
+    for row in rows:
+        if isinstance(row, Drop):
+            drops.append(row)
+        elif (first := kept.setdefault(row.id, row)) is not row:
+            same = (first.gold, first.checks) == (row.gold, row.checks)
+            drops.append(Drop(row.id, "duplicate" if same else "duplicate with another gold answer or checks"))
+    return list(kept.values())
+
+
+def _short_enough(prompts: list[Prompt], recipe: PromptsRecipe, chat: Chat, drops: list[Drop]) -> list[Prompt]:
+    kept = []
+    for prompt in prompts:
+        length = len(chat.encode_prompt(prompt))
+        if length > recipe.max_prompt_length:
+            drops.append(Drop(prompt.id, "longer than max_prompt_length"))
+        else:
+            kept.append(prompt)
+    return kept
+
+
+def read_prompts(recipe: PromptsRecipe, source: str) -> tuple[list[Prompt | Drop], str]:
+    """Every row of `source` as a prompt or a drop with its reason, and the form that was detected."""
+    rows = list(read_rows(source, name=recipe.name, split=recipe.split))
+    if not rows:
+        raise DataError(f"{source}: no rows")
+    form = _form(rows[0], recipe, source)
+    return [_prompt(row, form, recipe, f"{source}:{n + 1}") for n, row in enumerate(rows)], form
+
+
+def read_rows(source: str, *, name: str | None = None, split: str = "train") -> Iterator[dict[str, Any]]:
+    """The rows of a local .jsonl, .json, .csv or .parquet file, or of a data set id through `datasets`."""
+    path = Path(source)
+    if path.suffix in (".jsonl", ".json"):
+        yield from _json_rows(path)
+        return
+    from datasets import load_dataset
+
+    try:
+        if path.suffix in (".csv", ".parquet"):
+            if not path.is_file():
+                raise DataError(f"{source}: no such file")
+            yield from load_dataset(path.suffix[1:], data_files=str(path), split="train")
+        else:
+            yield from load_dataset(source, name, split=split)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{source}: can't be read as a file or a data set id ({error})") from error
+
+
+def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: can't be read ({error})") from error
+    try:
+        # JSON lines are split at "\n" alone: U+2028 and others may stand inside a string
+        rows = json.loads(text) if path.suffix == ".json" else None
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}:{error.lineno}: not JSON ({error.msg})") from error
+    if rows is None:
+        rows = []
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                try:
+                    rows.append(json.loads(line))
+                except json.JSONDecodeError as error:
+                    raise DataError(f"{path}:{number}: not a JSON line ({error.msg})") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise DataError(f"{path}: expected rows that are objects with named fields")
+    yield from rows
+
+
+def _form(row: Mapping[str, Any], recipe: PromptsRecipe, source: str) -> str:
+    if recipe.prompt_column is not None:
+        if recipe.prompt_column not in row:
+            raise DataError(f"{source}: no column {recipe.prompt_column!r}; there are {', '.join(row)}")
+        return "messages" if isinstance(row[recipe.prompt_column], list) else "prompt"
+    for form in ("prompt", "messages", "conversations", "instruction"):
+        if form in row:
+            return "messages" if isinstance(row[form], list) and form == "prompt" else form
+    raise DataError(
+        f"{source}: no prompts found in columns {', '.join(row)}. Known forms: prompt, messages, "
+        "instruction/input/output, conversations; else name the column in prompts.prompt_column"
+    )
+
+
+def _prompt(row: Mapping[str, Any], form: str, recipe: PromptsRecipe, where: str) -> Prompt | Drop:
+    try:
+        messages, gold = _messages_and_gold(row, form, recipe)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{where}: this row does not fit the form {form!r} of the first row ({error!r})") from error
+    if recipe.gold_column is not None:
+        if recipe.gold_column not in row:
+            raise DataError(f"{where}: no column {recipe.gold_column!r} (prompts.gold_column)")
+        gold = row[recipe.gold_column]
+    if recipe.system_prompt is not None and messages and messages[0].role != "system":
+        messages = (Message("system", recipe.system_prompt), *messages)
+    if not any(m.content.strip() for m in messages if m.role == "user"):
+        return Drop(where, "empty prompt")
+    try:
+        "".join(m.content for m in messages).encode()
+    except UnicodeEncodeError:
+        return Drop(where, "lone surrogate in the text")
+    tools = tuple(row["tools"]) if row.get("tools") else None
+    checks = row.get(recipe.checks_column) or ()
+    if isinstance(checks, str):  # columns of mixed objects travel as JSON text in Parquet and CSV
+        checks = json.loads(checks)
+    used = {"prompt", "messages", "conversations", "instruction", "input", "output", "tools", recipe.checks_column}
+    meta = {k: v for k, v in row.items() if k not in used and isinstance(v, str | int | float | bool)}
+    return Prompt(prompt_id(messages, tools), messages, tools, gold, tuple(checks), where, meta)
+
+
+def _messages_and_gold(
+    row: Mapping[str, Any], form: str, recipe: PromptsRecipe
+) -> tuple[tuple[Message, ...], str | None]:
+    if form == "prompt":
+        gold = row.get("completion", row.get("gold"))
+        return (Message("user", row[recipe.prompt_column or "prompt"]),), gold if isinstance(gold, str) else None
+    if form == "instruction":
+        given = f"\n\n{row['input']}" if row.get("input") else ""
+        return (Message("user", row["instruction"] + given),), row.get("output")
+    if form == "conversations":
+        turns = [Message(ROLES[turn["from"]], turn["value"]) for turn in row["conversations"]]
+    else:
+        turns = [Message(turn["role"], turn["content"]) for turn in row[recipe.prompt_column or _list_column(row)]]
+    return split_turns(turns, recipe.turns)
+
+
+def _list_column(row: Mapping[str, Any]) -> str:
+    return "messages" if "messages" in row else "prompt"
+
+
+def split_turns(turns: Sequence[Message], which: Turns) -> tuple[tuple[Message, ...], str | None]:
+    """The messages up to the first or the last user turn, and the assistant turn after it as the gold answer."""
+    users = [n for n, turn in enumerate(turns) if turn.role == "user"]
+    if not users:
+        return (), None
+    at = users[0] if which == "first" else users[-1]
+    follows = turns[at + 1] if at + 1 < len(turns) else None
+    return tuple(turns[: at + 1]), follows.content if follows and follows.role == "assistant" else None

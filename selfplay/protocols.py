@@ -1,0 +1,46 @@
+"""What a user may implement: a Generator, a Judge, a PairSelector. A plain function is enough for most judges:
+see `selfplay.pointwise` and `selfplay.pairwise` in judges/lift.py.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from selfplay.types import Group, Judgement, PreferencePair, Prompt, Sampling
+
+
+@runtime_checkable
+class Generator(Protocol):
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterable[Group]:
+        """One group per prompt with `sampling.num_completions` completions each, in any order."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class JudgeContext:
+    """What a judge may use: the round (0-based, -1 for the initial panel), a seed for its own randomness, and the
+    policy's generator while it is loaded.
+    """
+
+    round: int = 0
+    seed: int = 0
+    generator: Generator | None = None
+
+
+@runtime_checkable
+class Judge(Protocol):
+    @property
+    def identity(self) -> str:
+        """A text that changes when the judge's verdicts could: it names kind, model, template, source digest."""
+        ...
+
+    def judge(self, groups: Sequence[Group], context: JudgeContext) -> Sequence[Judgement]:
+        """One judgement per group, in the groups' order."""
+        ...
+
+
+@runtime_checkable
+class PairSelector(Protocol):
+    def select(self, group: Group, judgement: Judgement | None) -> Sequence[PreferencePair]:
+        """The pairs of one group; none is fine. `judgement` is None only where the recipe has no judge."""
+        ...

@@ -1,0 +1,195 @@
+"""Reading and writing recipe files: strict YAML in, errors with dotted path and line out."""
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from selfplay.errors import RecipeError
+from selfplay.recipe import LLMJudgeRecipe, PythonJudgeRecipe, Recipe, resolve_path
+
+TAGS = {"one value", "per round"}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads `5e-7` as text and `on` as true; recipes follow YAML 1.2 in both."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [
+        (tag, regexp) for tag, regexp in resolvers if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
+    ]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9]*)?([eE][-+]?[0-9]+)?|\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"),
+    list("-+0123456789."),
+)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The checked recipe of a file, its paths absolute; `overrides` are texts like "train.learning_rate=1e-6".
+
+    Raises RecipeError with the dotted path, the line, what was found and what is allowed.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: can't read this recipe ({error})") from error
+    data, lines = parse_yaml(text, str(path))
+    for override in overrides:
+        _apply(data, override)
+    return _with_absolute_paths(check_recipe(data, str(path), lines), path.resolve().parent)
+
+
+def parse_yaml(text: str, where: str) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
+    """The mapping in `text` and the line of each of its keys. Refuses duplicate keys, aliases and tags."""
+    try:
+        for event in yaml.parse(text, Loader=_Loader):
+            if isinstance(event, yaml.AliasEvent):
+                line = event.start_mark.line + 1 if event.start_mark else 0
+                raise RecipeError(f"{where}:{line}: recipes take no YAML aliases; write the value out")
+        root = yaml.compose(text, Loader=_Loader)
+        lines: dict[tuple[str, ...], int] = {}
+        _collect_lines(root, (), lines, where)
+        data = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise RecipeError(f"{where}: not valid YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise RecipeError(f"{where}: a recipe is a mapping of keys to values, found {type(data).__name__}")
+    return data, lines
+
+
+def _collect_lines(node: Any, at: tuple[str, ...], lines: dict[tuple[str, ...], int], where: str) -> None:
+    if isinstance(node, yaml.SequenceNode):
+        for index, child in enumerate(node.value):
+            _collect_lines(child, (*at, str(index)), lines, where)
+    if not isinstance(node, yaml.MappingNode):
+        return
+    for key, value in node.value:
+        path = (*at, str(key.value))
+        line = key.start_mark.line + 1
+        if path in lines:
+            raise RecipeError(f"{where}:{line}: {'.'.join(path)} is given twice (first on line {lines[path]})")
+        lines[path] = line
+        _collect_lines(value, path, lines, where)
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    key, sign, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not sign or not all(parts):
+        raise RecipeError(f"--set {override}: write it as key.subkey=value")
+    value = parse_yaml(f"value: {text}", f"--set {override}")[0]["value"]
+    at = data
+    for part in parts[:-1]:
+        if not isinstance(at.setdefault(part, {}), dict):
+            raise RecipeError(f"--set {override}: {part} holds a value, not a section")
+        at = at[part]
+    at[parts[-1]] = value
+
+
+def check_recipe(data: dict[str, Any], where: str, lines: dict[tuple[str, ...], int] | None = None) -> Recipe:
+    """The recipe in a mapping; RecipeError lists every fault, one a line."""
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        faults = [_describe(fault, data, where, lines or {}) for fault in error.errors()]
+        raise RecipeError("\n".join(faults)) from None
+
+
+def _describe(fault: Any, data: dict[str, Any], where: str, lines: dict[tuple[str, ...], int]) -> str:
+    kinds = {"verifier", "llm", "python", "coin"}
+    location = [str(part) for part in fault["loc"] if part not in TAGS]
+    # a discriminated union puts the kind into the location: judge.verifier.checks
+    location = [p for i, p in enumerate(location) if not (p in kinds and i and location[i - 1] == "judge")]
+    spot, near = where, tuple(location)
+    while near and near not in lines:
+        near = near[:-1]
+    if near:
+        spot = f"{where}:{lines[near]}"
+    dotted = ".".join(location) or "recipe"
+    if fault["type"] == "extra_forbidden":
+        allowed = _keys_at(location[:-1], data)
+        close = difflib.get_close_matches(location[-1], allowed, n=1, cutoff=0.5)
+        hint = f'did you mean "{close[0]}"?' if close else f"allowed: {', '.join(allowed)}"
+        return f"{spot}: {dotted}: unknown key; {hint}"
+    if fault["type"] == "missing":
+        return f"{spot}: {dotted}: missing; this key is required"
+    found = repr(fault["input"])
+    found = "" if isinstance(fault["input"], dict) else f" (found {found[:77] + '...' if len(found) > 80 else found})"
+    return f"{spot}: {dotted}: {fault['msg'].removeprefix('Value error, ')}{found}"
+
+
+def _keys_at(location: list[str], data: dict[str, Any]) -> list[str]:
+    """The keys that a section allows, found by following the model's fields."""
+    model: type[BaseModel] = Recipe
+    value: Any = data
+    for part in location:
+        value = value.get(part, {}) if isinstance(value, dict) else {}
+        models = _models_in(model.model_fields[part].annotation)
+        kind = value.get("kind") if isinstance(value, dict) else None
+        model = next(
+            (m for m in models if "kind" in m.model_fields and kind in get_args(m.model_fields["kind"].annotation)),
+            models[0],
+        )
+    return list(model.model_fields)
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models_in(part)]
+
+
+def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
+    prompts: dict[str, Any] = {"source": resolve_path(recipe.prompts.source, folder)}
+    if isinstance(recipe.prompts.heldout, str):
+        prompts["heldout"] = resolve_path(recipe.prompts.heldout, folder)
+    update: dict[str, Any] = {
+        "model": resolve_path(recipe.model, folder),
+        "prompts": recipe.prompts.model_copy(update=prompts),
+        "judge": _absolute_judge(recipe.judge, folder),
+        "evaluate": recipe.evaluate.model_copy(update={"judge": _absolute_judge(recipe.evaluate.judge, folder)}),
+    }
+    template = recipe.chat.chat_template
+    if template is not None and (folder / template).is_file():
+        update["chat"] = recipe.chat.model_copy(update={"chat_template": str((folder / template).resolve())})
+    return recipe.model_copy(update=update)
+
+
+def _absolute_judge(judge: Any, folder: Path) -> Any:
+    if isinstance(judge, PythonJudgeRecipe):
+        file, _, name = judge.target.partition(":")
+        return judge.model_copy(update={"target": f"{resolve_path(file, folder)}:{name}"})
+    if isinstance(judge, LLMJudgeRecipe):
+        model = judge.model if judge.model == "policy" else resolve_path(judge.model, folder)
+        return judge.model_copy(update={"model": model, "template": resolve_path(judge.template, folder)})
+    return judge
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML, every field written out."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+
+
+def differences(old: Recipe, new: Recipe) -> list[str]:
+    """The dotted keys in which two recipes differ, as "key: old -> new"."""
+    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    return [f"{key}: {before.get(key)!r} -> {after.get(key)!r}" for key in keys]
+
+
+def _flat(value: Any, at: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict) or not value:
+        return {at: value}
+    return {k: v for key, part in value.items() for k, v in _flat(part, f"{at}.{key}" if at else key).items()}

@@ -1,0 +1,166 @@
+"""The stages of a round. Each reads the records to its left and writes the records to its right; where its files are
+already there it reads them, so going on after a stop is no feature of its own.
+"""
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from selfplay import store
+from selfplay.errors import GeneratorError, NoPairsError, StorageError
+from selfplay.judges.contract import check_unparsed, judge_checked
+from selfplay.pairs import Selection, select_pairs
+from selfplay.progress import Reporter
+from selfplay.protocols import Generator, Judge, JudgeContext, PairSelector
+from selfplay.recipe import GeneratorRecipe, at_round
+from selfplay.types import Drop, Group, Judgement, PreferencePair, Prompt, Sampling
+
+SHARD_PROMPTS = 256
+
+
+@contextlib.contextmanager
+def timed(folder: Path, stage: str) -> Iterator[None]:
+    """Adds the seconds of a stage to the folder's seconds.json; a stage that was stopped and continued counts both."""
+    started = time.monotonic()
+    yield
+    path = folder / "seconds.json"
+    seconds = store.read_json(path) if path.exists() else {}
+    seconds[stage] = round(seconds.get(stage, 0.0) + time.monotonic() - started, 2)
+    store.write_json(path, seconds)
+
+
+def sampling_at(recipe: GeneratorRecipe, round: int, *, seed: int) -> Sampling:
+    """How a round's completions are drawn."""
+    return Sampling(
+        num_completions=at_round(recipe.num_completions, round),
+        temperature=at_round(recipe.temperature, round),
+        top_p=at_round(recipe.top_p, round),
+        top_k=at_round(recipe.top_k, round),
+        min_p=at_round(recipe.min_p, round),
+        max_tokens=at_round(recipe.max_tokens, round),
+        stop=tuple(recipe.stop),
+        seed=seed,
+    )
+
+
+def write_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
+    """The prompts of a round; on a resumed run they must be those already there."""
+    if not path.exists():
+        store.write_records(path, prompts, Prompt)
+    elif [p.id for p in store.read_records(path, Prompt)] != [p.id for p in prompts]:
+        raise StorageError(f"{path}: holds other prompts than the recipe deals now; take a new --out folder")
+
+
+def sample_groups(
+    generator: Generator, prompts: Sequence[Prompt], sampling: Sampling, folder: Path, report: Reporter, name: str
+) -> list[Group]:
+    """One group per prompt, in the prompts' order, in shards of a fixed composition."""
+    groups: list[Group] = []
+    with contextlib.ExitStack() as stack:
+        advance = None
+        for number in range(0, len(prompts), SHARD_PROMPTS):
+            chunk = prompts[number : number + SHARD_PROMPTS]
+            path = shard_path(folder, number // SHARD_PROMPTS)
+            if not path.exists():
+                advance = advance or stack.enter_context(report.stage(name, len(prompts), "prompts"))
+                store.write_records(path, _generate(generator, chunk, sampling, advance, len(groups)), Group)
+            found = store.read_records(path, Group)
+            if [g.prompt.id for g in found] != [p.id for p in chunk]:
+                raise StorageError(f"{path}: holds the groups of other prompts; delete it to sample them anew")
+            groups += found
+    return groups
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    return folder / f"{number:05d}.jsonl"
+
+
+def shards(folder: Path) -> list[Path]:
+    """The finished shards of a folder, in order."""
+    return sorted(folder.glob("*.jsonl"))
+
+
+def _generate(
+    generator: Generator, prompts: Sequence[Prompt], sampling: Sampling, advance: Any, before: int
+) -> list[Group]:
+    found: dict[str, Group] = {}
+    wanted = {p.id for p in prompts}
+    for group in generator.generate(prompts, sampling):
+        id, count = group.prompt.id, len(group.completions)
+        if id not in wanted or id in found:
+            raise GeneratorError(
+                f"the generator returned prompt {id}, which was {'asked once' if id in found else 'not asked'}"
+            )
+        if count != sampling.num_completions:
+            raise GeneratorError(f"prompt {id}: {count} completions instead of {sampling.num_completions}")
+        found[id] = group
+        advance(before + len(found))
+    missing = [p.id for p in prompts if p.id not in found]
+    if missing:
+        raise GeneratorError(f"the generator returned nothing for {len(missing)} prompts: {', '.join(missing[:5])}")
+    return [found[p.id] for p in prompts]
+
+
+def judge_groups(
+    judge: Judge, groups: Sequence[Group], context: JudgeContext, folder: Path, report: Reporter, name: str
+) -> list[Judgement]:
+    """One checked judgement per group, in shards like the groups'."""
+    judgements: list[Judgement] = []
+    with contextlib.ExitStack() as stack:
+        advance = None
+        for number in range(0, len(groups), SHARD_PROMPTS):
+            chunk = groups[number : number + SHARD_PROMPTS]
+            path = shard_path(folder, number // SHARD_PROMPTS)
+            if not path.exists():
+                advance = advance or stack.enter_context(report.stage(name, len(groups), "prompts"))
+                store.write_records(path, judge_checked(judge, chunk, context), Judgement)
+                advance(number + len(chunk))
+            found = store.read_records(path, Judgement)
+            if [j.prompt_id for j in found] != [g.prompt.id for g in chunk]:
+                raise StorageError(f"{path}: holds the judgements of other prompts; delete it to judge anew")
+            judgements += found
+    return judgements
+
+
+def make_pairs(
+    selector: PairSelector,
+    groups: Sequence[Group],
+    judgements: Sequence[Judgement] | None,
+    folder: Path,
+    *,
+    round: int,
+    judge: str,
+    max_unparsed: float,
+) -> Selection:
+    """The round's pairs, in pairs.jsonl; drops.jsonl says why prompts gave none, unusable.json counts completions.
+
+    UnparsedGateError and NoPairsError stop the round before training.
+    """
+    path = folder / "pairs.jsonl"
+    if path.exists():
+        drops = store.read_records(folder / "drops.jsonl", Drop)
+        unusable = store.read_json(folder / "unusable.json")
+        return Selection(tuple(store.read_records(path, PreferencePair)), tuple(drops), unusable)
+    if judgements is not None:
+        check_unparsed(judgements, max_unparsed, judge_identity=judge)
+    selection = select_pairs(selector, groups, judgements, round=round, judge=judge)
+    paired = {pair.prompt_id for pair in selection.pairs}
+    assert len(paired) + len(selection.drops) == len(groups), "every group gives pairs or a reason"
+    if not selection.pairs:
+        reasons = sorted({drop.reason for drop in selection.drops})
+        raise NoPairsError(
+            f"round {round}: none of {len(groups)} prompts gave a pair ({'; '.join(reasons)}). The policy is unchanged. "
+            "Sample more completions, raise temperature or max_tokens, or look at the judge's scores"
+        )
+    store.write_records(folder / "drops.jsonl", selection.drops, Drop)
+    store.write_json(folder / "unusable.json", selection.unusable)
+    store.write_records(path, selection.pairs, PreferencePair)
+    return selection
+
+
+def greedy(sampling: Sampling) -> Sampling:
+    """One completion of the highest probability at every token."""
+    return replace(sampling, num_completions=1, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0)

@@ -1,0 +1,192 @@
+"""The only module that writes artifacts. A file that exists is finished.
+
+Every artifact is written under a temporary name, synced and renamed. Beside it stands NAME.sha256 in the format of
+`sha256sum`, renamed into place first, so a finished file always has its digest; reading checks it.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from selfplay.errors import LockedError, StorageError
+from selfplay.types import Drop, Group, Judgement, PreferencePair, Prompt
+
+R = TypeVar("R")
+TEMPORARY = ".tmp"
+
+
+_ADAPTERS: dict[Any, TypeAdapter[Any]] = {
+    kind: TypeAdapter(kind) for kind in (Drop, Group, Judgement, PreferencePair, Prompt)
+}
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weights_digest(folder: Path) -> str:
+    """SHA-256 over the weight files of a model folder: what a policy is, wherever it lies."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise StorageError(f"{folder}: no .safetensors weights in this folder")
+    return hashlib.sha256("".join(file_digest(file) for file in files).encode()).hexdigest()
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """`data` at `path`, whole or not at all, with its digest beside it. StorageError where the disk refuses."""
+    _commit(path, lambda temporary: temporary.write_bytes(data))
+
+
+def write_file(path: Path, write: Callable[[Path], object]) -> None:
+    """The same for a file that `write` makes at the temporary path that it is given."""
+    _commit(path, write)
+
+
+def _commit(path: Path, write: Callable[[Path], object]) -> None:
+    temporary = path.with_name(path.name + TEMPORARY)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        _sync(temporary)
+        _replace(_digest_path(path), f"{file_digest(temporary)}  {path.name}\n".encode())
+        temporary.replace(path)
+        _sync(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise StorageError(
+            f"{path}: can't be written ({error.strerror}). Free space or mend the permissions; "
+            "the same command then goes on from the last finished file"
+        ) from error
+
+
+def _replace(path: Path, data: bytes) -> None:
+    temporary = path.with_name(path.name + TEMPORARY)
+    temporary.write_bytes(data)
+    _sync(temporary)
+    temporary.replace(path)
+
+
+def _digest_path(path: Path) -> Path:
+    return path.with_name(path.name + ".sha256")
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read_bytes(path: Path) -> bytes:
+    """The bytes of a finished file. StorageError where they aren't what was written."""
+    try:
+        data = path.read_bytes()
+        expected = _digest_path(path).read_text().split()[0] if _digest_path(path).exists() else None
+    except OSError as error:
+        raise StorageError(f"{path}: can't be read ({error.strerror})") from error
+    if expected is not None and hashlib.sha256(data).hexdigest() != expected:
+        raise StorageError(f"{path}: damaged: its bytes differ from its .sha256. Delete both to make it anew")
+    return data
+
+
+def check_file(path: Path) -> None:
+    """StorageError where a finished file differs from its digest."""
+    expected = _digest_path(path).read_text().split()[0]
+    if file_digest(path) != expected:
+        raise StorageError(f"{path}: damaged: its bytes differ from its .sha256. Delete both to make it anew")
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(read_bytes(path))
+
+
+def write_json_lines(path: Path, rows: Iterable[Any]) -> None:
+    """Plain mappings, one JSON line each."""
+    write_bytes(path, b"".join(json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n" for row in rows))
+
+
+def read_json_lines(path: Path) -> list[Any]:
+    return [json.loads(line) for line in read_bytes(path).split(b"\n") if line]
+
+
+def write_records(path: Path, records: Iterable[Any], kind: type[Any]) -> None:
+    """Records of one kind as JSON lines."""
+    adapter = _ADAPTERS[kind]
+    write_bytes(path, b"".join(adapter.dump_json(record) + b"\n" for record in records))
+
+
+def read_records(path: Path, kind: type[R]) -> list[R]:
+    """The records of a JSON-lines file. StorageError names the line that is no such record."""
+    adapter = _ADAPTERS[kind]
+    records = []
+    for number, line in enumerate(read_bytes(path).split(b"\n"), 1):
+        if line:
+            try:
+                records.append(adapter.validate_json(line))
+            except ValidationError as error:
+                fault = error.errors()[0]
+                key = ".".join(str(part) for part in fault["loc"])
+                raise StorageError(f"{path}:{number}: not a {kind.__name__}: {key}: {fault['msg']}") from error
+    return records
+
+
+def write_folder(path: Path, write: Callable[[Path], object]) -> None:
+    """A folder whose files `write` makes: whole or not at all, with a SHA256SUMS inside."""
+    temporary = path.with_name(path.name + TEMPORARY)
+    try:
+        if temporary.exists():
+            shutil.rmtree(temporary)
+        temporary.mkdir(parents=True)
+        write(temporary)
+        files = sorted(f for f in temporary.rglob("*") if f.is_file())
+        sums = "".join(f"{file_digest(f)}  {f.relative_to(temporary)}\n" for f in files)
+        (temporary / "SHA256SUMS").write_text(sums)
+        for file in [*files, temporary / "SHA256SUMS", temporary]:
+            _sync(file)
+        temporary.replace(path)
+        _sync(path.parent)
+    except OSError as error:
+        raise StorageError(
+            f"{path}: can't be written ({error.strerror or error}). Free space, then run the same command"
+        ) from error
+
+
+def check_folder(path: Path) -> None:
+    """StorageError where a file of a finished folder is missing or differs from SHA256SUMS."""
+    for line in (path / "SHA256SUMS").read_text().splitlines():
+        digest, _, name = line.partition("  ")
+        if not (path / name).is_file() or file_digest(path / name) != digest:
+            raise StorageError(f"{path / name}: damaged or missing. Delete the folder {path} to make it anew")
+
+
+@contextlib.contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Holds the run for this process. LockedError names the process that has it."""
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise LockedError(
+                f"{run}: process {file.read().strip()} works on this run; wait for it or stop it"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield

@@ -1,0 +1,1 @@
+"""The DPO step of a round: one model, one forward per group. See loop.py."""

@@ -1,0 +1,49 @@
+"""How far a policy has moved: KL to the initial policy, per token."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from selfplay import store
+from selfplay.train.logps import TokenLogps
+from selfplay.train.loop import Progress
+from selfplay.train.model import can_share_prompts, default_device, load_model
+from selfplay.train.pack import build_packs
+from selfplay.train.reference import as_pair
+from selfplay.types import Group
+
+
+@dataclass(frozen=True, slots=True)
+class KLJob:
+    """The initial policy, and groups that a later policy sampled at temperature 1."""
+
+    initial: str
+    groups: tuple[str, ...]
+    bf16: bool
+    max_pack_tokens: int
+
+
+@torch.no_grad()
+def run_kl(job: KLJob, progress: Progress) -> dict[str, Any]:
+    """{"kl": nats per token}: the mean over sampled tokens of log(policy / initial), an unbiased estimate of
+    KL(policy || initial) (k1 of Schulman, "Approximating KL divergence", 2020). The policy's logps are the engine's, and
+    one completion of every prompt is scored. None where the engine gave no logps.
+    """
+    groups = [g for path in job.groups for g in store.read_records(Path(path), Group)]
+    sampled = [(g, g.completions[0]) for g in groups if g.completions[0].logps]
+    if not sampled:
+        return {"kl": None}
+    device = default_device()
+    model = load_model(job.initial).to(device)
+    shared, _ = can_share_prompts(model, device)
+    module = TokenLogps(model.to(torch.bfloat16 if job.bf16 else torch.float32), shared=shared)
+    pairs = [as_pair(g, c.token_ids) for g, c in sampled]
+    initial, done = 0.0, 0
+    for pack in build_packs(pairs, range(len(pairs)), max_pack_tokens=job.max_pack_tokens, shared=shared):
+        initial += float(module(pack.to(device)).double().sum())
+        done += len(pack.pair_B)
+        progress("kl", done, len(pairs))
+    policy = sum(sum(c.logps) for _, c in sampled)
+    return {"kl": (policy - initial) / sum(len(c.logps) for _, c in sampled)}

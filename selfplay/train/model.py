@@ -1,0 +1,128 @@
+"""Loading, probing and saving the policy that trains."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from selfplay.errors import DataError
+from selfplay.store import write_folder
+from selfplay.train.logps import TokenLogps
+from selfplay.train.optim import Masters
+from selfplay.train.pack import build_packs
+from selfplay.types import Message, PreferencePair
+
+PROBE_TOLERANCE = 1e-3  # nats; fp32 noise over a few layers is about 1e-5, a wrong mask is about 1
+
+
+def load_model(path: str, *, gradient_checkpointing: bool = False) -> Any:
+    """The causal LM at `path` in fp32, without dropout, ready for packs. DataError where it can't be loaded."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        config = AutoConfig.from_pretrained(path)
+        kind = AutoModelForCausalLM._model_mapping[type(config)]
+        # sdpa ignores attention soft-caps; recurrent and ALiBi models don't have it
+        softcap = config.get_text_config().to_dict().get("attn_logit_softcapping")
+        attention = "sdpa" if kind._supports_sdpa and not softcap else "eager"
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=attention)
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{path}: no causal language model could be loaded from here ({error})") from error
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if "attention_dropout" in vars(module):
+            module.attention_dropout = 0.0
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train(gradient_checkpointing)  # transformers checkpoints in train mode only
+    return model
+
+
+def default_device() -> torch.device:
+    """The first CUDA device, else the CPU."""
+    return (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
+
+
+def can_share_prompts(model: Any, device: torch.device) -> tuple[bool, float]:
+    """(whether packed logps equal plain ones, the largest difference in nats) on this very model.
+
+    The probe crosses the sliding window where there is one within reach. Recurrent and ALiBi models fail it, and then
+    train on plain rows.
+    """
+    config = model.config.get_text_config()
+    window = config.to_dict().get("sliding_window") or 0
+    length = window + 8 if 0 < window <= 1024 else 24
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(count: int) -> tuple[int, ...]:
+        return tuple(torch.randint(0, config.vocab_size, (count,), generator=generator).tolist())
+
+    prompts = [draw(length), draw(7)]
+    pairs = [_bare_pair(p, draw(9), draw(5)) for p in (*prompts, prompts[0])]
+    sums = []
+    with torch.no_grad():
+        for shared in (True, False):
+            packs = build_packs(pairs, range(len(pairs)), max_pack_tokens=1 << 20, shared=shared)
+            pack = packs[0].to(device)
+            try:
+                sums.append(pack.sum_per_sequence(TokenLogps(model, shared=shared)(pack)))
+            except (TypeError, ValueError, RuntimeError, KeyError):
+                if not shared:
+                    raise
+                return False, float("inf")  # a model that takes no such mask at all
+        difference = (sums[0] - sums[1]).abs().max().item()
+    return difference <= PROBE_TOLERANCE * max(1.0, sums[1].abs().max().item() / 100), difference
+
+
+def check_head(model: Any, device: torch.device) -> float:
+    """Largest difference in nats between our per-token logps and those from the model's own logits: a family that scales
+    its logits in a way that we don't know shows here.
+    """
+    vocab = model.config.get_text_config().vocab_size
+    ids = torch.arange(3, 19, device=device)[None] % vocab
+    pair = _bare_pair(tuple(ids[0, :4].tolist()), tuple(ids[0, 4:].tolist()), tuple(ids[0, 4:].tolist()))
+    pack = build_packs([pair], [0], max_pack_tokens=64, shared=False)[0].to(device)
+    with torch.no_grad():
+        own = TokenLogps(model, shared=False)(pack)
+        logits_TV = model(input_ids=ids, use_cache=False).logits[0].float()
+        theirs = logits_TV.log_softmax(-1)[3:-1].gather(1, ids[0, 4:, None])[:, 0]
+    return float((own - theirs).abs().max())
+
+
+def _bare_pair(prompt: tuple[int, ...], chosen: tuple[int, ...], rejected: tuple[int, ...]) -> PreferencePair:
+    nothing = (Message("user", ""),)
+    return PreferencePair("probe", nothing, nothing, nothing, prompt, chosen, rejected)
+
+
+def save_policy(model: Any, masters: Masters, source: str, out: Path, *, dtype: str, chat_template: str | None) -> None:
+    """A Hugging Face checkpoint of the masters at `out`, tokenizer and generation config with it, written whole."""
+    from transformers import AutoTokenizer
+
+    target = getattr(torch, dtype)
+    state = {name: weight.to(target).contiguous() for name, weight in masters.named()}
+    buffers = {name: value for name, value in model.state_dict().items() if name not in state}
+    tied = set(model._tied_weights_keys or ())
+    state |= {
+        name: value.to(target) for name, value in buffers.items() if name not in tied and value.is_floating_point()
+    }
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+
+    def write(folder: Path) -> None:
+        model.save_pretrained(folder, state_dict=state)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"dtype": dtype}, indent=2) + "\n")
+        tokenizer.save_pretrained(folder)
+
+    write_folder(out, write)

@@ -1,0 +1,207 @@
+"""Packs: rows of tokens in which the completions of a prompt share that prompt.
+
+A pack holds the prompt once, then every completion that its pairs use, for as many prompts as fit the token cap. Position
+ids restart after the prompt for each completion, and a completion sees its prompt and itself only.
+Shapes: R rows (1 where shared, else one per sequence), T tokens of a row, S sequences, N completion tokens, B pairs.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selfplay.types import PreferencePair, derive_seed
+
+Tokens = tuple[int, ...]
+NO_BRANCH = -1  # branch of prompt tokens: every completion of the prompt sees them
+PADDING = -2  # segment of padding: nothing sees it
+
+
+@dataclass(frozen=True, slots=True)
+class Pack:
+    """Tensors of one forward. `segment` numbers the prompts of a pack, `branch` its completions."""
+
+    input_ids_RT: Tensor
+    position_ids_RT: Tensor
+    segment_RT: Tensor
+    branch_RT: Tensor
+    predict_N: Tensor  # place in the flattened rows whose hidden state predicts the token
+    target_N: Tensor
+    sequence_N: Tensor  # which sequence the token belongs to
+    num_sequences: int
+    chosen_B: Tensor  # sequence of each pair's chosen completion
+    rejected_B: Tensor
+    pair_B: tuple[int, ...]  # index of each pair in the round's list
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens forwarded, padding included."""
+        return self.input_ids_RT.numel()
+
+    def sum_per_sequence(self, logps_N: Tensor) -> Tensor:
+        """Summed logps, shape (S,)."""
+        return torch.zeros(self.num_sequences, device=logps_N.device).index_add(0, self.sequence_N, logps_N)
+
+    def lengths_S(self) -> Tensor:
+        """Completion tokens of each sequence."""
+        return torch.bincount(self.sequence_N, minlength=self.num_sequences)
+
+    def to(self, device: torch.device) -> "Pack":
+        """The same pack on a device."""
+        values: dict[str, Any] = {}
+        for name in self.__slots__:
+            value = getattr(self, name)
+            values[name] = value.to(device) if isinstance(value, Tensor) else value
+        return Pack(**values)
+
+
+@dataclass(slots=True)
+class _Shared:
+    """One prompt in the making: its distinct completions and its pairs."""
+
+    prompt: Tokens
+    completions: list[Tokens] = field(default_factory=list)
+    pairs: list[tuple[int, int, int]] = field(default_factory=list)  # pair, chosen completion, rejected completion
+
+    def missing(self, pair: PreferencePair) -> list[Tokens]:
+        new = dict.fromkeys((pair.chosen_token_ids, pair.rejected_token_ids))
+        return [tokens for tokens in new if tokens not in self.completions]
+
+    def add(self, index: int, pair: PreferencePair) -> None:
+        self.completions += self.missing(pair)
+        chosen = self.completions.index(pair.chosen_token_ids)
+        self.pairs.append((index, chosen, self.completions.index(pair.rejected_token_ids)))
+
+    def cost(self, shared: bool, extra: Sequence[Tokens] = ()) -> int:
+        completions = [*self.completions, *extra]
+        prompts = 1 if shared else len(completions)
+        return prompts * len(self.prompt) + sum(map(len, completions))
+
+
+def form_steps(
+    pairs: Sequence[PreferencePair], *, batch_size: int, seed: int, epoch: int, shuffle: bool
+) -> list[list[int]]:
+    """Indices of the pairs of each optimizer step of an epoch.
+
+    Shuffled steps take whole prompts, so a step overshoots batch_size by at most one prompt; the order is a function of
+    seed and epoch alone. Unshuffled ones cut the file's order exactly.
+    """
+    if not shuffle:
+        return [list(range(i, min(i + batch_size, len(pairs)))) for i in range(0, len(pairs), batch_size)]
+    by_prompt: dict[Tokens, list[int]] = {}
+    for index, pair in enumerate(pairs):
+        by_prompt.setdefault(pair.prompt_token_ids, []).append(index)
+    groups = list(by_prompt.values())
+    random.Random(derive_seed(seed, "epoch", epoch)).shuffle(groups)
+    steps: list[list[int]] = [[]]
+    for group in groups:
+        if len(steps[-1]) >= batch_size:
+            steps.append([])
+        steps[-1] += group
+    return [step for step in steps if step]
+
+
+def build_packs(
+    pairs: Sequence[PreferencePair], indices: Sequence[int], *, max_pack_tokens: int, shared: bool
+) -> list[Pack]:
+    """The packs of some pairs, first fit by falling size. No pair is split; one that is longer than the cap has a pack of
+    its own. `shared=False` gives plain padded rows, one per sequence.
+    """
+    bins: list[tuple[int, list[_Shared]]] = []
+    for group in sorted(_groups(pairs, indices, max_pack_tokens, shared), key=lambda g: -g.cost(shared)):
+        cost = group.cost(shared)
+        place = next((n for n, (used, _) in enumerate(bins) if used + cost <= max_pack_tokens), None)
+        if place is None:
+            bins.append((cost, [group]))
+        else:
+            bins[place] = (bins[place][0] + cost, [*bins[place][1], group])
+    return [_tensors(groups, shared) for _, groups in bins]
+
+
+def _groups(pairs: Sequence[PreferencePair], indices: Sequence[int], cap: int, shared: bool) -> list[_Shared]:
+    done: list[_Shared] = []
+    open_groups: dict[Tokens, _Shared] = {}
+    for index in indices:
+        pair = pairs[index]
+        group = open_groups.setdefault(pair.prompt_token_ids, _Shared(pair.prompt_token_ids))
+        if group.pairs and group.cost(shared, group.missing(pair)) > cap:
+            done.append(group)
+            group = open_groups[pair.prompt_token_ids] = _Shared(pair.prompt_token_ids)
+        group.add(index, pair)
+    return [*done, *open_groups.values()]
+
+
+def _tensors(groups: list[_Shared], shared: bool) -> Pack:
+    rows: list[_Row] = [_Row()] if shared else []
+    targets: list[tuple[int, int, int, int]] = []  # row, place, token, sequence
+    chosen, rejected, pair_indices = [], [], []
+    sequence = 0
+    for segment, group in enumerate(groups):
+        first = sequence
+        if shared:
+            rows[0].add(group.prompt, 0, segment, NO_BRANCH)
+        for completion in group.completions:
+            if not shared:
+                rows.append(_Row())
+                rows[-1].add(group.prompt, 0, segment, NO_BRANCH)
+            row = rows[-1]
+            before = row.last_of(segment, NO_BRANCH)
+            start = len(row.ids)
+            row.add(completion, len(group.prompt), segment, sequence)
+            places = [before, *range(start, start + len(completion) - 1)]
+            targets += [(len(rows) - 1, p, t, sequence) for p, t in zip(places, completion, strict=True)]
+            sequence += 1
+        for index, c, r in group.pairs:
+            pair_indices.append(index)
+            chosen.append(first + c)
+            rejected.append(first + r)
+    width = max(len(row.ids) for row in rows)
+    columns = [row.padded(width) for row in rows]
+    place_N, token_N, sequence_N = (
+        torch.tensor(c) for c in zip(*[(r * width + p, t, s) for r, p, t, s in targets], strict=True)
+    )
+    input_ids, positions, segments, branches = (torch.tensor(column) for column in zip(*columns, strict=True))
+    return Pack(
+        input_ids_RT=input_ids,
+        position_ids_RT=positions,
+        segment_RT=segments,
+        branch_RT=branches,
+        predict_N=place_N,
+        target_N=token_N,
+        sequence_N=sequence_N,
+        num_sequences=sequence,
+        chosen_B=torch.tensor(chosen),
+        rejected_B=torch.tensor(rejected),
+        pair_B=tuple(pair_indices),
+    )
+
+
+class _Row:
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.positions: list[int] = []
+        self.segments: list[int] = []
+        self.branches: list[int] = []
+
+    def add(self, tokens: Tokens, position: int, segment: int, branch: int) -> None:
+        self.ids += tokens
+        self.positions += range(position, position + len(tokens))
+        self.segments += [segment] * len(tokens)
+        self.branches += [branch] * len(tokens)
+
+    def last_of(self, segment: int, branch: int) -> int:
+        """The last place of a segment's branch."""
+        return max(n for n in range(len(self.ids)) if (self.segments[n], self.branches[n]) == (segment, branch))
+
+    def padded(self, width: int) -> tuple[list[int], list[int], list[int], list[int]]:
+        # by length, never by id: the pad token is often the end token, which must be learnt
+        gap = width - len(self.ids)
+        return (
+            self.ids + [0] * gap,
+            self.positions + [0] * gap,
+            self.segments + [PADDING] * gap,
+            self.branches + [PADDING] * gap,
+        )

@@ -1,0 +1,64 @@
+"""What one training job is: plain values that travel as JSON to the process that trains."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from selfplay.recipe import TrainRecipe, at_round
+
+
+@dataclass(frozen=True, slots=True)
+class TrainSettings:
+    """recipe.TrainRecipe for one round: every list replaced by the round's value."""
+
+    learning_rate: float
+    beta: float
+    loss_type: list[str]
+    loss_weights: list[float]
+    batch_size: int
+    num_train_epochs: int
+    max_steps: int
+    optim: str
+    weight_decay: float
+    adam_beta1: float
+    adam_beta2: float
+    adam_epsilon: float
+    lr_scheduler_type: str
+    warmup_steps: float
+    max_grad_norm: float
+    max_length: int | None
+    max_pack_tokens: int
+    bf16: bool
+    gradient_checkpointing: bool
+    shuffle: bool
+    save_dtype: str
+    max_audit_difference: float
+
+
+@dataclass(frozen=True, slots=True)
+class TrainJob:
+    """Paths and settings of one round's training. `reference` is None where the initial weights of this job are the
+    reference. `groups` are shards of what the policy sampled, for the audit; none where nothing was sampled.
+
+    `first_step` and `total_steps` place the job in a schedule that spans the run; None where it spans this job.
+    """
+
+    policy: str
+    pairs: str
+    out: str
+    settings: TrainSettings
+    seed: int
+    reference: str | None = None
+    groups: tuple[str, ...] = ()
+    optimizer_state: str | None = None
+    keep_optimizer_state: bool = False
+    first_step: int = 0
+    total_steps: int | None = None
+    chat_template: str | None = None
+
+
+def settings_at(recipe: TrainRecipe, round: int, *, bf16: bool) -> TrainSettings:
+    """The settings of a round (0-based); `bf16` is what `auto` became."""
+    values: dict[str, Any] = {name: at_round(getattr(recipe, name), round) for name in TrainSettings.__slots__}
+    names = recipe.loss_type if isinstance(recipe.loss_type, list) else [recipe.loss_type]
+    values |= {"loss_type": names, "loss_weights": recipe.loss_weights or [1.0] * len(names), "bf16": bf16}
+    return TrainSettings(**values)

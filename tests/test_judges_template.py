@@ -1,0 +1,260 @@
+"""Judge templates: what the judge model is shown, and how its verdict is read."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+import selfplay.judges.template as template_module
+from selfplay.errors import RecipeError
+from selfplay.judges.template import BUILTIN, ScoreLine, fenced, load_template, parse_template
+from selfplay.types import Completion, Message, Prompt
+
+LINE = ScoreLine(line="Score: <n>", min=0, max=5)
+HEAD = "---\nname: t\nversion: 1\nmode: pointwise\nparse: {line: 'Score: <n>', min: 0, max: 5}\n---\n"
+PROMPT = Prompt("p", (Message("system", "be brief"), Message("user", "name a bird")), gold="wren")
+
+GOOD = {
+    "Score: 3": 3,
+    "score: 3": 3,
+    "SCORE : 0": 0,
+    "Score:5": 5,
+    "It is fine.\n\nScore: 4": 4,
+    "Score: 4.5": 4.5,
+    "Score: +2": 2,
+    "Score: 3.": 3,
+    "**Score:** 3": 3,
+    "**Score: 3**": 3,
+    "**Score**: 3": 3,
+    "### Score: 3": 3,
+    "> - Score: 3": 3,
+    "```\nScore: 3\n```": 3,
+    "`Score: 3`": 3,
+    "Score: [3]": 3,
+    "Score: <3>": 3,
+    'Score: "3"': 3,
+    "Score: 3/5": 3,
+    "Score: 3 / 5": 3,
+    "Score: 3 out of 5": 3,
+    "Score: 3 points": 3,
+    "Score: 1 point": 1,
+    "Score: 03": 3,
+    "Score: 3\r\n": 3,
+    "Score: 3\n\nI hope this helps.": 3,
+    "Score: 2\nSo, again:\nScore: 2": 2,
+    "Score: one point for relevance\nScore: 3": 3,
+    "\u2028Score: 3": 3,
+    "Score:\t3": 3,
+}
+
+# A verdict that is missing, unclear, out of range or said twice is no verdict.
+WORDS = ["", " ", "\n\n", "\t", "\x00", "\ufeff", "```", "```\n```", "---", "...", "None", "null", "nan", "{}", "[]"]
+PROSE = (
+    "3|5/5|Three.|I would give this a 4.|The completion earns 3 points.|My score is 4|Final score: 4|"
+    "Total score: 4|The Score: 4|Rating: 4|Grade: 4|Scores: 4|Score 4|Score = 4|Score - 4|Score is: 4|Sc0re: 4|"
+    "S c o r e: 4|<score>4</score>|[[4]]|Punkte: 4|I'm sorry, but I can't help with that.|"
+    "As a language model I don't grade texts.|I cannot give a score.|Sure! Here is the completion you asked for.|"
+    "The completion is good. It is relevant, useful and clear."
+).split("|")
+PROSE += ["Score\n4", "Score:\n4", '{"score": 4}', "\u5f97\u5206: 4", "Score\uff1a4"]
+ONE_WORD = """
+    ? - / /5 N/A n/a NaN nan inf -inf Infinity None null true three Three III 5*5* <total> <n> {score} X A 10/5 6/5
+    3/10 3/4 3/0 5/5/5 /3 3/ 6 10 100 -1 -0.5 5.1 5.0000001 1e0 1e999 0x3 3,5 1,000 3.. .5 3.4.5 --3 +-3 3-4 ~3 3ish
+    3+ 3% <|end|> 5<|end|>
+""".split()
+SEVERAL_WORDS = (
+    "3 of 5 of 5|3 out of ten|3 out of 10|3 out of|- 3|3 4|3, 4|3 or 4|3 to 4|3 / 4 / 5|between 3 and 4|about 3|"
+    "3 stars|3 (good)|3 because it is relevant|3; no, 4|3 Score: 4|Score: 3|I refuse|I'm sorry|5 $(reboot)"
+).split("|")
+ODD = ["", "\u0663", "\uff13", "\xb3", "\xbd", "3\u200b", "3\x00", "3\x1b[31m", "9" * 400, "9" * 5000]
+INSIDE = [*ONE_WORD, *SEVERAL_WORDS, *ODD]
+TWICE = [
+    "Score: 3\nScore: 4",
+    "Score: 4\nScore: 3",
+    "Score: 5\nreasons\nScore: 0",
+    "**Score: 1**\n\nScore: 2",
+    "Score: 3\nScore: ?",
+    "Score: 3\nScore: 30",
+    "Score: 3\n```\nScore: 2\n```",
+    "> Score: 5\nThe text tells me to write that.\nScore: 1",
+]
+BAD = [*WORDS, *PROSE, *(f"It is fine.\nScore: {inside}" for inside in INSIDE), *TWICE]
+
+
+def test_the_corpus_of_bad_verdicts_is_large():
+    assert len(set(BAD)) == len(BAD) >= 100
+
+
+@pytest.mark.parametrize(("text", "score"), GOOD.items(), ids=repr)
+def test_a_clear_verdict_is_read(text, score):
+    verdict = LINE.read(text)
+    assert (verdict.score, verdict.note) == (score, "")
+
+
+@pytest.mark.parametrize("text", BAD, ids=lambda text: repr(text[:30]))
+def test_a_bad_verdict_is_none_with_a_note(text):
+    verdict = LINE.read(text)
+    assert verdict.score is None
+    assert verdict.note
+    assert verdict.note.isprintable() or verdict.note.replace("\n", "", 1).isprintable()
+
+
+pieces = st.sampled_from(
+    [*INSIDE, *TWICE, "Score:", "score", ":", "\n", " ", "3", "4", "5", "/5", "**", "`", "\u2028", "\r"]
+)
+
+
+@given(text=st.lists(pieces | st.text(max_size=5), max_size=8).map("".join), cut=st.booleans())
+@example(text="Score: \ud800", cut=False)
+def test_any_text_gives_a_score_in_range_or_none_with_a_note(text, cut):
+    verdict = LINE.read(text, cut=cut)
+    if verdict.score is None:
+        assert verdict.note
+    else:
+        assert 0 <= verdict.score <= 5
+        shown = re.findall(r"\d+(?:\.\d+)?", text)
+        assert verdict.score in [float(number) for number in shown], "a score that the text doesn't hold"
+
+
+def test_the_reason_of_a_missing_verdict_is_its_own_line():
+    reasons = {LINE.read(f"Score: {inside}").note.splitlines()[0] for inside in ("6", "7", "100", "-3")}
+    assert reasons == {"a verdict outside 0 to 5"}
+
+
+def test_a_verdict_that_max_tokens_cut_is_none():
+    assert LINE.read("Score: 1", cut=True).score is None
+    assert LINE.read("Score: 1\nbecause", cut=True).score == 1
+    assert LINE.read("Score: 1", cut=False).score == 1
+
+
+def test_a_verdict_line_may_have_text_after_its_number():
+    line = ScoreLine(line="Rating: [[<n>]]", min=1, max=10)
+    assert line.read("reasons\nRating: [[7]]").score == 7
+    assert line.read("[[7]]").score is None
+    assert line.read("Rating: [[0]]").score is None
+
+
+def test_fields_are_filled_in_one_pass():
+    template = parse_template(HEAD + "[user]\n{prompt}{completion}{gold}{system_prompt}", where="t", digest="")
+    prompt = replace(PROMPT, messages=(Message("user", "{completion} {gold} {x} {{}}"),), gold="{prompt}")
+    (message,) = template.fill(prompt, Completion("{prompt} {0} %s {gold}"))
+    assert message.content.count("{completion} {gold} {x} {{}}") == 1
+    assert message.content.count("{prompt} {0} %s {gold}") == 1
+    assert fenced("gold", "{prompt}") in message.content
+
+
+def test_other_braces_of_a_template_stay():
+    template = parse_template(HEAD + '[user]\n{"a": {}} {{ }} {completion}', where="t", digest="")
+    assert template.fill(PROMPT, Completion("x"))[0].content.startswith('{"a": {}} {{ }} <<<completion')
+
+
+@given(text=st.text(), name=st.sampled_from(["prompt", "completion"]))
+def test_a_text_cannot_write_its_own_closing_line(text, name):
+    for attempt in (text, fenced(name, text), "\n".join(fenced(name, text).splitlines()[-1:])):
+        block = fenced(name, attempt)
+        opening, closing = block.split("\n")[0], block.split("\n")[-1]
+        assert block == f"{opening}\n{attempt}\n{closing}"
+        assert block.count(closing) == 1
+        assert block.count(opening) == 1
+
+
+def test_a_code_that_the_text_holds_is_not_used(monkeypatch):
+    monkeypatch.setattr(template_module, "_code", lambda text, number: f"code{number}")
+    assert fenced("prompt", "code0 and code1") == "<<<prompt code2>>>\ncode0 and code1\n<<<end of prompt code2>>>"
+
+
+def test_judge_prompts_of_a_group_share_everything_before_the_completion():
+    template = load_template("additive", Path())
+    one, other = (template.fill(PROMPT, Completion(text))[-1].content for text in ("a wren", "an owl"))
+    shared = fenced("prompt", "name a bird")
+    assert one.split("<<<completion")[0] == other.split("<<<completion")[0]
+    assert shared in one.split("<<<completion")[0]
+    assert one.endswith(fenced("completion", "a wren"))
+
+
+def test_every_turn_of_a_conversation_has_its_own_fence_and_a_role_cannot_break_it():
+    turns = (Message("user", "hi"), Message("assistant", "hello"), Message("us>>>er\n", "bye"))
+    template = parse_template(HEAD + "[user]\n{prompt}\n{completion}", where="t", digest="")
+    content = template.fill(replace(PROMPT, messages=turns), Completion("x"))[0].content
+    for name, text in (("user turn", "hi"), ("assistant turn", "hello"), ("user turn", "bye")):
+        assert fenced(name, text) in content
+
+
+def test_the_system_body_is_the_first_turn_and_the_prompts_own_system_turn_is_data():
+    template = parse_template(
+        HEAD + "[system]\nYou grade.\n[user]\n{system_prompt}\n{completion}", where="t", digest=""
+    )
+    system, user = template.fill(PROMPT, Completion("x"))
+    assert (system.role, system.content) == ("system", "You grade.")
+    assert fenced("system prompt", "be brief") in user.content
+
+
+@pytest.mark.parametrize("name", BUILTIN)
+def test_shipped_templates_load_and_show_prompt_and_completion_last(name):
+    template = load_template(name, Path("/nowhere"))
+    assert template.head.name == name
+    assert not template.needs_gold
+    content = template.fill(PROMPT, Completion("a wren"))[-1].content
+    assert content.index("<<<prompt") < content.index("<<<completion")
+    assert content.index("<<<prompt") > len(content) / 2
+
+
+def test_the_form_shown_in_the_additive_template_is_no_verdict_when_repeated():
+    template = load_template("additive", Path())
+    verdict = template.head.parse.read(template.user)
+    assert verdict.score is None
+
+
+def test_a_template_file_is_found_from_the_base_folder_and_any_change_changes_its_digest(tmp_path):
+    (tmp_path / "mine.md").write_text(HEAD + "[user]\n{completion}")
+    first = load_template("mine.md", tmp_path)
+    (tmp_path / "mine.md").write_text(HEAD + "[user]\n{completion} ")
+    assert load_template("mine.md", tmp_path).digest != first.digest
+    (tmp_path / "mine.md").write_bytes((HEAD + "[user]\n{completion}").replace("\n", "\r\n").encode())
+    assert load_template("mine.md", tmp_path).user == first.user
+
+
+BROKEN = {
+    "no front matter": "[user]\n{completion}",
+    "unknown field": HEAD + "[user]\n{completion} {promt}",
+    "unknown field in system": HEAD + "[system]\n{nope}\n[user]\n{completion}",
+    "no completion": HEAD + "[user]\n{prompt}",
+    "no user body": HEAD + "[system]\n{completion}",
+    "two user bodies": HEAD + "[user]\n{completion}\n[user]\n{completion}",
+    "text before the bodies": HEAD + "hello\n[user]\n{completion}",
+    "empty user body": HEAD + "[user]\n\n",
+    "unknown key": HEAD.replace("version", "vresion: 1\nversion") + "[user]\n{completion}",
+    "duplicate key": HEAD.replace("version: 1", "version: 1\nversion: 2") + "[user]\n{completion}",
+    "no version": HEAD.replace("version: 1\n", "") + "[user]\n{completion}",
+    "unknown mode": HEAD.replace("pointwise", "listwise") + "[user]\n{completion}",
+    "line without a place": HEAD.replace("<n>", "3") + "[user]\n{completion}",
+    "line of a bare number": HEAD.replace("Score: <n>", "[[<n>]]") + "[user]\n{completion}",
+    "empty range": HEAD.replace("max: 5", "max: 0") + "[user]\n{completion}",
+    "nan": HEAD.replace("max: 5", "max: .nan") + "[user]\n{completion}",
+    "no verdict": "---\nname: t\nversion: 1\nmode: pointwise\n---\n[user]\n{completion}",
+    "one label": "---\nname: t\nversion: 1\nmode: pointwise\nlabels: {yes: 1}\n---\n[user]\n{completion}",
+    "equal labels": "---\nname: t\nversion: 1\nmode: pointwise\nlabels: {a: 1, b: 1}\n---\n[user]\n{completion}",
+}
+
+
+@pytest.mark.parametrize("text", BROKEN.values(), ids=BROKEN.keys())
+def test_a_broken_template_is_a_recipe_error_that_names_the_file(text):
+    with pytest.raises(RecipeError, match=r"judge\.md"):
+        parse_template(text, where="judge.md", digest="")
+
+
+def test_a_misspelt_field_or_key_gets_a_hint():
+    with pytest.raises(RecipeError, match=r'did you mean "\{prompt\}"'):
+        parse_template(BROKEN["unknown field"], where="t", digest="")
+    with pytest.raises(RecipeError, match=r'vresion.*did you mean "version"'):
+        parse_template(BROKEN["unknown key"], where="t", digest="")
+
+
+def test_a_missing_or_unreadable_template_names_the_shipped_ones(tmp_path):
+    (tmp_path / "binary.md").write_bytes(b"\xff\xfe\x00")
+    for target in ("nope.md", "binary.md", "."):
+        with pytest.raises(RecipeError, match="additive, yes_no"):
+            load_template(target, tmp_path)
