@@ -36,25 +36,33 @@ class Panel:
             seed=base.seed,
         )
 
+    def draws(self, *, between: bool) -> dict[str, Sampling]:
+        """How the panel is sampled, by the name of its folder."""
+        sampling = self.sampling(between=between)
+        return {"temperature": sampling} | ({"greedy": greedy(sampling)} if self.recipe.evaluate.greedy else {})
+
     def sample(self, generator: Generator, folder: Path, *, round: int, between: bool) -> None:
-        """Everything that needs the policy's engine. Nothing where it is all there."""
+        """The panel's completions. Nothing where they are all there."""
         if (folder / "eval.json").exists() or not self.prompts:
             return
-        where = "initial policy" if round < 0 else f"policy of round {round}"
-        heldout, context = (
-            folder / "heldout",
-            JudgeContext(round, derive_seed(self.recipe.seed, "panel judge"), generator),
-        )
         with timed(folder, "panel"):
-            draws = {"temperature": self.sampling(between=between)}
-            if self.recipe.evaluate.greedy:
-                draws["greedy"] = greedy(draws["temperature"])
-            for name, sampling in draws.items():
-                label = f"panel of the {where}, {'greedy' if name == 'greedy' else f'T {sampling.temperature:g}'}"
-                groups = sample_groups(generator, self.prompts, sampling, heldout / name, self.report, label)
-                if self.judge is not None:
-                    judgements = heldout / f"{name}-judgements"
-                    judge_groups(self.judge, groups, context, judgements, self.report, f"judging the {label}")
+            for name, sampling in self.draws(between=between).items():
+                self._groups(generator, folder, name, sampling, round)
+
+    def judge_all(self, generator: Generator, folder: Path, *, round: int, between: bool) -> None:
+        """The scores of the panel's completions. Nothing where there is no judge, or they are all there."""
+        if (folder / "eval.json").exists() or not self.prompts or self.judge is None:
+            return
+        context = JudgeContext(round, derive_seed(self.recipe.seed, "panel judge"), generator)
+        with timed(folder, "panel judge"):
+            for name, sampling in self.draws(between=between).items():
+                groups = self._groups(generator, folder, name, sampling, round)
+                judgements = folder / "heldout" / f"{name}-judgements"
+                judge_groups(self.judge, groups, context, judgements, self.report, f"judging the panel, {name}")
+
+    def _groups(self, generator: Generator, folder: Path, name: str, sampling: Sampling, round: int) -> list[Group]:
+        label = f"panel of the {'initial policy' if round < 0 else f'policy of round {round}'}, {name}"
+        return sample_groups(generator, self.prompts, sampling, folder / "heldout" / name, self.report, label)
 
     def finish(self, folder: Path, *, initial: Path, is_initial: bool) -> dict[str, Any] | None:
         """The figures, in eval.json; None without held-out prompts. Here the engine is gone: KL loads a model."""

@@ -2,7 +2,7 @@
 see `selfplay.pointwise` and `selfplay.pairwise` in judges/lift.py.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -11,8 +11,12 @@ from selfplay.types import Group, Judgement, PreferencePair, Prompt, Sampling
 
 @runtime_checkable
 class Generator(Protocol):
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterable[Group]:
-        """One group per prompt with `sampling.num_completions` completions each, in any order."""
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, progress: Callable[[int, int], None] | None = None
+    ) -> Iterable[Group]:
+        """One group per prompt with `sampling.num_completions` completions each, in any order. `progress` is called with
+        the completions and the tokens done so far.
+        """
         ...
 
 

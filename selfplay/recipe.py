@@ -122,13 +122,21 @@ class PythonJudgeRecipe(Section):
     target: Annotated[str, Field(pattern=r"^[^:]+:[A-Za-z_]\w*$")]
 
 
+class RougeLRecipe(Section):
+    """ROUGE-L with the gold answer, in [0, 1]."""
+
+    kind: Literal["rouge_l"]
+
+
 class CoinRecipe(Section):
     """A coin flip for every completion: the control that must bring no gain."""
 
     kind: Literal["coin"]
 
 
-JudgeRecipe = Annotated[VerifierRecipe | LLMJudgeRecipe | PythonJudgeRecipe | CoinRecipe, Field(discriminator="kind")]
+JudgeRecipe = Annotated[
+    VerifierRecipe | LLMJudgeRecipe | PythonJudgeRecipe | RougeLRecipe | CoinRecipe, Field(discriminator="kind")
+]
 
 
 class PairsRecipe(Section):

@@ -108,7 +108,7 @@ def check_recipe(data: dict[str, Any], where: str, lines: dict[tuple[str, ...], 
 
 
 def _describe(fault: Any, data: dict[str, Any], where: str, lines: dict[tuple[str, ...], int]) -> str:
-    kinds = {"verifier", "llm", "python", "coin"}
+    kinds = {"verifier", "llm", "python", "rouge_l", "coin"}
     location = [str(part) for part in fault["loc"] if part not in TAGS]
     # a discriminated union puts the kind into the location: judge.verifier.checks
     location = [p for i, p in enumerate(location) if not (p in kinds and i and location[i - 1] == "judge")]

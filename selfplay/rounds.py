@@ -10,87 +10,58 @@ goes on where it stopped.
 
 import platform
 from collections import Counter
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from selfplay import metrics, store
-from selfplay.chat import Chat
-from selfplay.errors import RecipeError, Stopped
-from selfplay.judges import make_judge
-from selfplay.models import load_chat, local_model, open_generator, resolve_auto
+from selfplay.errors import Stopped
+from selfplay.models import open_generator
 from selfplay.pairs import Selection, make_selector
-from selfplay.panel import Panel
 from selfplay.progress import SILENT, Reporter
-from selfplay.prompts import PromptPool, load_pool
 from selfplay.protocols import Generator, Judge, JudgeContext, PairSelector
 from selfplay.recipe import Recipe, at_round
-from selfplay.recipe_file import check_recipe, differences, dump_recipe, load_recipe, parse_yaml
-from selfplay.stages import judge_groups, make_pairs, sample_groups, sampling_at, shards, timed, write_prompts
+from selfplay.recipe_file import load_recipe
+from selfplay.run import Round, Run, start_run
+from selfplay.stages import (
+    judge_groups,
+    make_pairs,
+    room_for_judge,
+    sample_groups,
+    sampling_at,
+    shards,
+    timed,
+    write_prompts,
+)
 from selfplay.train.settings import TrainJob, settings_at
-from selfplay.types import Group, Judgement, Prompt, derive_seed
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """What all rounds of a run share."""
-
-    folder: Path
-    recipe: Recipe  # with every auto resolved
-    initial: Path
-    chat: Chat
-    pool: PromptPool
-    judge: Judge | None
-    selector: PairSelector | None  # the user's own; else the recipe's
-    panel: Panel
-    report: Reporter
-
-    def round(self, index: int) -> "Round":
-        return Round(self, index)
-
-
-@dataclass(frozen=True, slots=True)
-class Round:
-    """One round of a run, 0-based, and where its files lie."""
-
-    run: Run
-    index: int
-
-    @property
-    def folder(self) -> Path:
-        return self.run.folder / f"round-{self.index:03d}"
-
-    @property
-    def policy(self) -> Path:
-        """The policy that this round makes."""
-        return self.folder / "policy"
-
-    @property
-    def start(self) -> Path:
-        """The policy that this round starts from, and samples from."""
-        return self.run.round(self.index - 1).policy if self.index else self.run.initial
-
-    @property
-    def panel_folder(self) -> Path:
-        """Where the panel of the starting policy lies."""
-        return self.run.round(self.index - 1).folder if self.index else self.run.folder / "initial"
-
-    def seed(self, stage: str) -> int:
-        return derive_seed(self.run.recipe.seed, self.index, stage)
+from selfplay.types import Group, Judgement, Prompt
 
 
 def play_round(round: Round) -> Path:
     """The policy of one round; reads whatever an earlier, stopped call left finished."""
     recipe, start = round.run.recipe, round.start
     with open_generator(recipe.generator, start, round.run.chat, seed=round.seed("engine")) as generator:
-        round.run.panel.sample(generator, round.panel_folder, round=round.index - 1, between=round.index > 0)
+        sample_panel(round, generator)
         prompts = draw_prompts(round)
         groups = draw_groups(round, generator, prompts)
+        judge_panel(round, generator)
         judgements = judge(round, generator, groups)
     finish_panel(round)
     selection = pair(round, groups, judgements)
     return train_dpo(round, selection)
+
+
+def sample_panel(round: Round, generator: Generator) -> None:
+    """The held-out completions of the policy that the round starts from."""
+    between = 0 < round.index < round.run.recipe.rounds
+    round.run.panel.sample(generator, round.panel_folder, round=round.index - 1, between=between)
+
+
+def judge_panel(round: Round, generator: Generator) -> None:
+    """Their scores."""
+    between = 0 < round.index < round.run.recipe.rounds
+    with room_for_judge(round.run.panel.judge, generator):
+        round.run.panel.judge_all(generator, round.panel_folder, round=round.index - 1, between=between)
 
 
 def draw_prompts(round: Round) -> tuple[Prompt, ...]:
@@ -113,7 +84,7 @@ def judge(round: Round, generator: Generator, groups: list[Group]) -> list[Judge
     if round.run.judge is None:
         return None
     context = JudgeContext(round.index, round.seed("judge"), generator)
-    with timed(round.folder, "judge"):
+    with timed(round.folder, "judge"), room_for_judge(round.run.judge, generator):
         folder, name = round.folder / "judgements", f"round {round.index}, judging"
         return judge_groups(round.run.judge, groups, context, folder, round.run.report, name)
 
@@ -138,10 +109,8 @@ def train_dpo(round: Round, selection: Selection) -> Path:
         return round.policy
     from selfplay.train.launch import launch
 
-    num_pairs = len(selection.pairs)
-    round.run.report.note(
-        f"round {round.index}: {num_pairs} pairs from {num_pairs and len({p.prompt_id for p in selection.pairs})} prompts"
-    )
+    num_prompts = len({pair.prompt_id for pair in selection.pairs})
+    round.run.report.note(f"round {round.index}: {len(selection.pairs)} pairs from {num_prompts} prompts")
     with timed(round.folder, "train"):
         launch(train_job(round), round.run.report)
     return round.policy
@@ -267,106 +236,9 @@ def play_last_panel(run: Run) -> None:
     if (last.panel_folder / "round.json").exists():
         return
     with open_generator(run.recipe.generator, last.start, run.chat, seed=last.seed("engine")) as generator:
-        run.panel.sample(generator, last.panel_folder, round=last.index - 1, between=False)
+        sample_panel(last, generator)
+        judge_panel(last, generator)
     finish_panel(last)
-
-
-def start_run(
-    recipe: Recipe,
-    folder: Path,
-    *,
-    judge: Judge | None,
-    selector: PairSelector | None,
-    allow_code: bool,
-    report: Reporter,
-) -> Run:
-    """Opens or continues a run directory. RecipeError where it holds a run of another recipe, model, data or judge."""
-    if judge is None and selector is None:
-        recipe.check_judged()
-    recipe = _same_recipe(recipe, folder)
-    initial = local_model(recipe.model)
-    chat = load_chat(str(initial), recipe.chat)
-    pool = load_pool(recipe.prompts, seed=recipe.seed, chat=chat)
-    for reason, count in Counter(drop.reason for drop in pool.drops).items():
-        report.note(f"prompts: {count} dropped: {reason}")
-    report.note(f"prompts: {len(pool.train)} for training, {len(pool.heldout)} held out (form: {pool.form})")
-    if judge is None and recipe.judge is not None:
-        judge = make_judge(
-            recipe.judge, allow_code=allow_code, open_model=lambda model: open_judge_model(recipe, model)
-        )
-    held = recipe.evaluate.judge
-    panel_judge = (
-        judge
-        if held is None
-        else make_judge(held, allow_code=allow_code, open_model=lambda m: open_judge_model(recipe, m))
-    )
-    identity = {
-        "model": store.weights_digest(initial),
-        "prompts": pool.digest,
-        "judge": judge.identity if judge is not None else None,
-        "heldout_judge": panel_judge.identity if panel_judge is not None else None,
-        "selector": type(selector).__name__ if selector is not None else None,
-    }
-    _same_identity(identity, folder)
-    if not (folder / "recipe.yaml").exists() or _read_recipe(folder).rounds != recipe.rounds:
-        store.write_bytes(folder / "recipe.yaml", dump_recipe(recipe).encode())
-    heldout = pool.heldout[: recipe.evaluate.num_prompts]
-    panel = Panel(recipe, heldout, panel_judge, report)
-    return Run(folder, recipe, initial, chat, pool, judge, selector, panel, report)
-
-
-def open_judge_model(recipe: Recipe, model: str) -> Any:
-    """A generator of a judge's own model, on the same kind of engine."""
-    folder = local_model(model)
-    return open_generator(recipe.generator, folder, Chat.load(str(folder)), seed=recipe.seed)
-
-
-def _read_recipe(folder: Path) -> Recipe:
-    data, _ = parse_yaml(store.read_bytes(folder / "recipe.yaml").decode(), str(folder / "recipe.yaml"))
-    return check_recipe(data, str(folder / "recipe.yaml"))
-
-
-def _same_recipe(recipe: Recipe, folder: Path) -> Recipe:
-    """The resolved recipe: the run's own where it differs in `auto` and `rounds` only."""
-    if not (folder / "recipe.yaml").exists():
-        return resolve_auto(recipe)
-    old = _read_recipe(folder)
-    new = recipe.model_copy(
-        update={
-            "generator": recipe.generator.model_copy(update={"kind": old.generator.kind})
-            if recipe.generator.kind == "auto"
-            else recipe.generator,
-            "train": recipe.train.model_copy(update={"bf16": old.train.bf16})
-            if recipe.train.bf16 == "auto"
-            else recipe.train,
-        }
-    )
-    changed = [
-        d
-        for d in differences(old, new)
-        if not d.startswith(("description:", "model:", "prompts.source:", "prompts.heldout:"))
-    ]
-    if [d for d in changed if not d.startswith("rounds:")] or new.rounds < old.rounds:
-        raise RecipeError(
-            f"{folder} holds a run of another recipe; only more `rounds` may be asked of it. Take a new --out, or undo:\n  "
-            + "\n  ".join(changed)
-        )
-    if changed and recipe.train.schedule_scope == "run":
-        raise RecipeError(f"{folder}: with schedule_scope: run the schedule spans all rounds, so `rounds` can't change")
-    return new
-
-
-def _same_identity(identity: dict[str, Any], folder: Path) -> None:
-    path = folder / "run.json"
-    if not path.exists():
-        store.write_json(path, identity)
-        return
-    old = store.read_json(path)
-    changed = [f"{key}: {old.get(key)} -> {value}" for key, value in identity.items() if old.get(key) != value]
-    if changed:
-        raise RecipeError(
-            f"{folder} was started with another {', '.join(changed)}. Take a new --out, or bring back the old"
-        )
 
 
 def versions() -> dict[str, str]:

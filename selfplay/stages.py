@@ -7,13 +7,14 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from selfplay import store
 from selfplay.errors import GeneratorError, NoPairsError, StorageError
+from selfplay.generators.generator import EngineGenerator
 from selfplay.judges.contract import check_unparsed, judge_checked
+from selfplay.judges.llm import LLMJudge
 from selfplay.pairs import Selection, select_pairs
-from selfplay.progress import Reporter
+from selfplay.progress import Advance, Reporter
 from selfplay.protocols import Generator, Judge, JudgeContext, PairSelector
 from selfplay.recipe import GeneratorRecipe, at_round
 from selfplay.types import Drop, Group, Judgement, PreferencePair, Prompt, Sampling
@@ -65,7 +66,9 @@ def sample_groups(
             chunk = prompts[number : number + SHARD_PROMPTS]
             path = shard_path(folder, number // SHARD_PROMPTS)
             if not path.exists():
-                advance = advance or stack.enter_context(report.stage(name, len(prompts), "prompts"))
+                advance = advance or stack.enter_context(
+                    report.stage(name, len(prompts) * sampling.num_completions, "completions")
+                )
                 store.write_records(path, _generate(generator, chunk, sampling, advance, len(groups)), Group)
             found = store.read_records(path, Group)
             if [g.prompt.id for g in found] != [p.id for p in chunk]:
@@ -84,23 +87,22 @@ def shards(folder: Path) -> list[Path]:
 
 
 def _generate(
-    generator: Generator, prompts: Sequence[Prompt], sampling: Sampling, advance: Any, before: int
+    generator: Generator, prompts: Sequence[Prompt], sampling: Sampling, advance: Advance, before: int
 ) -> list[Group]:
     found: dict[str, Group] = {}
     wanted = {p.id for p in prompts}
-    for group in generator.generate(prompts, sampling):
+    done = before * sampling.num_completions
+    for group in generator.generate(prompts, sampling, progress=lambda completions, _: advance(done + completions)):
         id, count = group.prompt.id, len(group.completions)
         if id not in wanted or id in found:
-            raise GeneratorError(
-                f"the generator returned prompt {id}, which was {'asked once' if id in found else 'not asked'}"
-            )
+            raise GeneratorError(f"the generator returned prompt {id} {'twice' if id in found else 'unasked'}")
         if count != sampling.num_completions:
             raise GeneratorError(f"prompt {id}: {count} completions instead of {sampling.num_completions}")
         found[id] = group
-        advance(before + len(found))
     missing = [p.id for p in prompts if p.id not in found]
     if missing:
         raise GeneratorError(f"the generator returned nothing for {len(missing)} prompts: {', '.join(missing[:5])}")
+    advance(done + len(prompts) * sampling.num_completions)
     return [found[p.id] for p in prompts]
 
 
@@ -123,6 +125,18 @@ def judge_groups(
                 raise StorageError(f"{path}: holds the judgements of other prompts; delete it to judge anew")
             judgements += found
     return judgements
+
+
+@contextlib.contextmanager
+def room_for_judge(judge: Judge | None, generator: Generator) -> Iterator[None]:
+    """Where the judge has a model of its own, gives it the machine: the policy's engine is freed before, the judge's after."""
+    if isinstance(judge, LLMJudge) and judge.model != "policy":
+        if isinstance(generator, EngineGenerator):
+            generator.close()
+        with judge:
+            yield
+    else:
+        yield
 
 
 def make_pairs(

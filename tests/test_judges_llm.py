@@ -41,6 +41,7 @@ class ScriptedModel:
 
     def __init__(self, chat, say=lambda text, request: "Score: 3", logps=LABEL_LOGPS, max_model_len=9000):
         self.chat = chat
+        self.engine = self
         self.say = say
         self.logps = logps
         self.max_model_len = max_model_len

@@ -52,7 +52,7 @@ GOOD = {
 
 # A verdict that is missing, unclear, out of range or said twice is no verdict.
 WORDS = ["", " ", "\n\n", "\t", "\x00", "\ufeff", "```", "```\n```", "---", "...", "None", "null", "nan", "{}", "[]"]
-PROSE = (
+PROSE = (  # noqa: SIM905
     "3|5/5|Three.|I would give this a 4.|The completion earns 3 points.|My score is 4|Final score: 4|"
     "Total score: 4|The Score: 4|Rating: 4|Grade: 4|Scores: 4|Score 4|Score = 4|Score - 4|Score is: 4|Sc0re: 4|"
     "S c o r e: 4|<score>4</score>|[[4]]|Punkte: 4|I'm sorry, but I can't help with that.|"
@@ -64,8 +64,8 @@ ONE_WORD = """
     ? - / /5 N/A n/a NaN nan inf -inf Infinity None null true three Three III 5*5* <total> <n> {score} X A 10/5 6/5
     3/10 3/4 3/0 5/5/5 /3 3/ 6 10 100 -1 -0.5 5.1 5.0000001 1e0 1e999 0x3 3,5 1,000 3.. .5 3.4.5 --3 +-3 3-4 ~3 3ish
     3+ 3% <|end|> 5<|end|>
-""".split()
-SEVERAL_WORDS = (
+""".split()  # noqa: SIM905
+SEVERAL_WORDS = (  # noqa: SIM905
     "3 of 5 of 5|3 out of ten|3 out of 10|3 out of|- 3|3 4|3, 4|3 or 4|3 to 4|3 / 4 / 5|between 3 and 4|about 3|"
     "3 stars|3 (good)|3 because it is relevant|3; no, 4|3 Score: 4|Score: 3|I refuse|I'm sorry|5 $(reboot)"
 ).split("|")
@@ -172,7 +172,7 @@ def test_judge_prompts_of_a_group_share_everything_before_the_completion():
     shared = fenced("prompt", "name a bird")
     assert one.split("<<<completion")[0] == other.split("<<<completion")[0]
     assert shared in one.split("<<<completion")[0]
-    assert one.endswith(fenced("completion", "a wren"))
+    assert fenced("completion", "a wren") in one
 
 
 def test_every_turn_of_a_conversation_has_its_own_fence_and_a_role_cannot_break_it():

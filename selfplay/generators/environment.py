@@ -6,7 +6,7 @@ A process reads these before its first import of torch or vLLM, so they can't be
 import importlib.metadata
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import selfplay
@@ -23,7 +23,11 @@ def child_environment(settings: EngineSettings, replica: int, user: Mapping[str,
     if settings.kind == "vllm" and vllm_runs_on_cpu():
         ours |= _cpu_variables(settings, replica, user)
     elif settings.data_parallel_size > 1:
-        forced["CUDA_VISIBLE_DEVICES"] = _devices(settings, replica, user)
+        devices = _visible_devices(user)
+        if devices:
+            forced["CUDA_VISIBLE_DEVICES"] = _slice_devices(settings, replica, devices)
+        else:
+            ours["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // settings.data_parallel_size))
     return ours | dict(user) | forced
 
 
@@ -84,24 +88,22 @@ def _torch_openmp() -> str | None:
     return None
 
 
-def _devices(settings: EngineSettings, replica: int, user: Mapping[str, str]) -> str:
-    """This replica's slice of the visible devices, as CUDA_VISIBLE_DEVICES wants it."""
-    size = settings.tensor_parallel_size
+def _visible_devices(user: Mapping[str, str]) -> list[str]:
+    """The devices as CUDA_VISIBLE_DEVICES names them."""
     visible = user.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        names = [str(n) for n in range(_count_devices())]
-    else:
-        names = [name.strip() for name in visible.split(",") if name.strip()]
-    needed = size * settings.data_parallel_size
-    if needed > len(names):
-        raise RecipeError(
-            f"data_parallel_size {settings.data_parallel_size} times tensor_parallel_size {size} needs {needed} "
-            f"devices, and {len(names)} are visible"
-        )
-    return ",".join(names[replica * size : (replica + 1) * size])
-
-
-def _count_devices() -> int:
+    if visible is not None:
+        return [name.strip() for name in visible.split(",") if name.strip()]
     import torch
 
-    return torch.cuda.device_count()  # asks the driver's library and makes no CUDA context
+    return [str(n) for n in range(torch.cuda.device_count())]  # asks the driver's library and makes no CUDA context
+
+
+def _slice_devices(settings: EngineSettings, replica: int, devices: Sequence[str]) -> str:
+    size = settings.tensor_parallel_size
+    needed = size * settings.data_parallel_size
+    if needed > len(devices):
+        raise RecipeError(
+            f"data_parallel_size {settings.data_parallel_size} times tensor_parallel_size {size} needs {needed} "
+            f"devices, and {len(devices)} are visible"
+        )
+    return ",".join(devices[replica * size : (replica + 1) * size])

@@ -11,29 +11,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
+from selfplay.chat import Chat
 from selfplay.errors import GeneratorError
 from selfplay.generators.engine import Engine, EngineSettings, Request, Result, check_lengths, start_engine
 from selfplay.generators.isolated import EngineDiedError, IsolatedEngine
-from selfplay.types import Completion, FinishReason, Group, Prompt, Sampling, derive_seed
+from selfplay.types import Completion, Group, Prompt, Sampling, derive_seed
 
 Progress = Callable[[int, int], None]  # completions done, tokens done
-
-
-class ChatLike(Protocol):
-    """What of Chat a generator uses."""
-
-    def encode_prompt(self, prompt: Prompt) -> tuple[int, ...]: ...
-    def encode_gold(self, prompt: Prompt) -> Completion | None: ...
-    def completion(
-        self,
-        token_ids: Sequence[int],
-        logps: Sequence[float],
-        finish_reason: FinishReason,
-        stop_reason: int | str | None,
-        stop: Sequence[str] = (),
-    ) -> Completion: ...
 
 
 class EngineGenerator:
@@ -42,7 +28,7 @@ class EngineGenerator:
     """
 
     def __init__(
-        self, settings: EngineSettings, chat: ChatLike, *, isolate: bool = True, log_path: Path | None = None
+        self, settings: EngineSettings, chat: Chat, *, isolate: bool = True, log_path: Path | None = None
     ) -> None:
         if settings.kind == "vllm" and not isolate:
             raise GeneratorError("the vLLM engine needs a process of its own: use isolate=True")
@@ -75,6 +61,11 @@ class EngineGenerator:
                 IsolatedEngine(self.settings, log_path=self._log_path) if isolated else start_engine(self.settings)
             )
         return self._engine
+
+    @property
+    def max_model_len(self) -> int:
+        """The most tokens that a prompt and its completion have together. It starts the engine, which knows."""
+        return self.engine.max_model_len
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, *, progress: Progress | None = None

@@ -3,9 +3,10 @@
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Self
 
-from selfplay.types import Completion, FinishReason, Group, Prompt, Sampling, derive_seed
+from selfplay.chat import Chat
+from selfplay.types import Completion, Group, Prompt, Sampling, derive_seed
 
 Script = Callable[[Prompt, int], str]  # (prompt, k) -> the text of completion k
 
@@ -29,25 +30,6 @@ WORDS = (
 )
 
 
-class ScriptedChat(Protocol):
-    """What of Chat this generator uses."""
-
-    @property
-    def tokenizer(self) -> Any: ...
-    @property
-    def stop_token_ids(self) -> tuple[int, ...]: ...
-    def encode_prompt(self, prompt: Prompt) -> tuple[int, ...]: ...
-    def encode_gold(self, prompt: Prompt) -> Completion | None: ...
-    def completion(
-        self,
-        token_ids: Sequence[int],
-        logps: Sequence[float],
-        finish_reason: FinishReason,
-        stop_reason: int | str | None,
-        stop: Sequence[str] = (),
-    ) -> Completion: ...
-
-
 class ScriptedGenerator:
     """Completions from `script`, or words picked by a hash of the seeds and the prompt: equal calls give equal groups.
 
@@ -55,7 +37,7 @@ class ScriptedGenerator:
     max_tokens cuts as a real engine does. There are no logps. `num_calls` and `num_completions` count the work done.
     """
 
-    def __init__(self, chat: ScriptedChat | None = None, *, script: Script | None = None, seed: int = 0) -> None:
+    def __init__(self, chat: Chat | None = None, *, script: Script | None = None, seed: int = 0) -> None:
         self.chat = chat
         self.num_calls = 0
         self.num_completions = 0

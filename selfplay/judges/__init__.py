@@ -1,11 +1,12 @@
-"""Judges: verifier (rules), llm (a model reads), python (the user's own), coin (the control). See `make_judge`."""
+"""Judges: verifier (rules), llm (a model reads), python (the user's own), rouge_l (likeness to gold), coin (the control).
+See `make_judge`."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from selfplay.protocols import Judge
-from selfplay.recipe import CoinRecipe, JudgeRecipe, LLMJudgeRecipe, PythonJudgeRecipe
+from selfplay.recipe import CoinRecipe, JudgeRecipe, LLMJudgeRecipe, PythonJudgeRecipe, RougeLRecipe
 
 
 def make_judge(
@@ -16,6 +17,10 @@ def make_judge(
         from selfplay.judges.coin import Coin
 
         return Coin()
+    if isinstance(recipe, RougeLRecipe):
+        from selfplay.judges.rouge import RougeL
+
+        return RougeL()
     if isinstance(recipe, PythonJudgeRecipe):
         from selfplay.judges.python import load_python_judge
 

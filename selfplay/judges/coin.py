@@ -1,4 +1,4 @@
-"""A coin flip for every completion: the control. Training on its pairs must bring no gain; where it does, the metric is broken."""
+"""A coin flip for every completion: the control. Training on its pairs must bring no gain, else the metric is broken."""
 
 import random
 from collections.abc import Sequence

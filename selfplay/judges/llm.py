@@ -21,17 +21,22 @@ from selfplay.protocols import JudgeContext
 from selfplay.types import Completion, Group, Judgement, Message, Prompt, Sampling, derive_seed
 
 
+class _Sized(Protocol):
+    @property
+    def max_model_len(self) -> int: ...
+
+
 @runtime_checkable
 class JudgeModel(Protocol):
-    """What a judge needs of a generator: to draw completions of token ids, and to score labels."""
+    """What a judge needs of a generator: to draw completions of token ids, and to score labels. EngineGenerator has it."""
 
     @property
-    def chat(self) -> Chat: ...
-
-    @property
-    def max_model_len(self) -> int:
-        """The most tokens that a prompt and its completion have together."""
+    def chat(self) -> object:
+        """A Chat; checked where it is used, for a generator by itself promises less."""
         ...
+
+    @property
+    def engine(self) -> _Sized: ...
 
     def complete(self, requests: Sequence[Request]) -> dict[str, Result]:
         """The result of each request, by its id."""
@@ -117,11 +122,12 @@ class LLMJudge:
         engine's.
         """
         model = self._model(context)
+        chat = _chat(model)
         verdicts: dict[tuple[int, int], Verdict] = {}
         asked: dict[tuple[int, int], tuple[int, ...]] = {}
         for g, group in enumerate(groups):
             for k, completion in enumerate(group.completions):
-                found = self._judge_prompt(model, group.prompt, completion)
+                found = self._judge_prompt(chat, model.engine.max_model_len, group.prompt, completion)
                 if isinstance(found, Verdict):
                     verdicts[g, k] = found
                 else:
@@ -148,19 +154,21 @@ class LLMJudge:
             )
         return context.generator
 
-    def _judge_prompt(self, model: JudgeModel, prompt: Prompt, completion: Completion) -> tuple[int, ...] | Verdict:
+    def _judge_prompt(
+        self, chat: Chat, max_model_len: int, prompt: Prompt, completion: Completion
+    ) -> tuple[int, ...] | Verdict:
         """The token ids of the judge prompt, or why there is none."""
         if self.template.needs_gold and prompt.gold is None:
             return Verdict(None, "the template asks for the gold answer, and the prompt has none")
         messages = self.template.fill(prompt, completion)
         if self.system_prompt is not None:
             messages = (Message("system", self.system_prompt), messages[-1])
-        token_ids = model.chat.encode_messages(messages)
+        token_ids = chat.encode_messages(messages)
         num_new = 1 if self.verdict == "labels" else self.sampling.max_tokens
-        if len(token_ids) + num_new > model.max_model_len:
+        if len(token_ids) + num_new > max_model_len:
             return Verdict(
                 None,
-                f"the judge prompt and its {num_new} new tokens don't fit max_model_len {model.max_model_len}\n"
+                f"the judge prompt and its {num_new} new tokens don't fit max_model_len {max_model_len}\n"
                 f"{len(token_ids)} prompt tokens",
             )
         return token_ids
@@ -177,20 +185,20 @@ class LLMJudge:
             for (g, k), ids in asked.items()
             for n in range(self.num_verdicts)
         ]
-        results = model.complete(requests) if requests else {}
+        chat, results = _chat(model), model.complete(requests) if requests else {}
         missing = [request.id for request in requests if request.id not in results]
         if missing:
             raise GeneratorError(
                 f"the judge's engine gave no result for {len(missing)} requests, the first {missing[0]}"
             )
         return {
-            (g, k): _mean([self._read(model, results[f"{g}/{k}/{n}"]) for n in range(self.num_verdicts)])
+            (g, k): _mean([self._read(chat, results[f"{g}/{k}/{n}"]) for n in range(self.num_verdicts)])
             for g, k in asked
         }
 
-    def _read(self, model: JudgeModel, result: Result) -> Verdict:
+    def _read(self, chat: Chat, result: Result) -> Verdict:
         assert self.template.head.parse is not None  # checked in __init__
-        said = model.chat.completion(result.token_ids, result.logps, result.finish_reason, result.stop_reason)
+        said = chat.completion(result.token_ids, result.logps, result.finish_reason, result.stop_reason)
         return self.template.head.parse.read(said.text, cut=result.finish_reason == "length")
 
     def _labels(
@@ -198,7 +206,7 @@ class LLMJudge:
     ) -> dict[tuple[int, int], Verdict]:
         head = self.template.head
         assert head.labels is not None  # checked in __init__
-        label_ids = label_token_ids(model.chat, list(head.labels))
+        label_ids = label_token_ids(_chat(model), list(head.labels))
         rows = model.score_labels(list(asked.values()), label_ids) if asked else []
         if len(rows) != len(asked):
             raise GeneratorError(
@@ -206,6 +214,14 @@ class LLMJudge:
             )
         values = list(head.labels.values())
         return {place: expected_score(row, values, head.min_label_mass) for place, row in zip(asked, rows, strict=True)}
+
+
+def _chat(model: JudgeModel) -> Chat:
+    if not isinstance(model.chat, Chat):
+        raise RecipeError(
+            f"judge.model: a judge model needs a chat template to be asked, and this generator has {type(model.chat).__name__}."
+        )
+    return model.chat
 
 
 def _check_fits(head: TemplateHead, verdict: str, num_verdicts: int, temperature: float) -> None:

@@ -10,6 +10,7 @@ from selfplay import store
 from selfplay.train.logps import TokenLogps
 from selfplay.train.loop import Progress
 from selfplay.train.model import can_share_prompts, default_device, load_model
+from selfplay.train.optim import cast_parameters
 from selfplay.train.pack import build_packs
 from selfplay.train.reference import as_pair
 from selfplay.types import Group
@@ -38,7 +39,8 @@ def run_kl(job: KLJob, progress: Progress) -> dict[str, Any]:
     device = default_device()
     model = load_model(job.initial).to(device)
     shared, _ = can_share_prompts(model, device)
-    module = TokenLogps(model.to(torch.bfloat16 if job.bf16 else torch.float32), shared=shared)
+    cast_parameters(model, torch.bfloat16 if job.bf16 else torch.float32)
+    module = TokenLogps(model, shared=shared)
     pairs = [as_pair(g, c.token_ids) for g, c in sampled]
     initial, done = 0.0, 0
     for pack in build_packs(pairs, range(len(pairs)), max_pack_tokens=job.max_pack_tokens, shared=shared):

@@ -20,7 +20,7 @@ from selfplay.train.kl import KLJob, run_kl
 from selfplay.train.loop import run_training
 from selfplay.train.settings import TrainJob, TrainSettings
 
-UNITS = {"reference": "tokens", "train": "steps", "kl": "prompts"}
+UNITS = {"reference": "pairs", "train": "steps", "kl": "prompts"}
 
 
 def launch(job: TrainJob | KLJob, report: Reporter) -> dict[str, Any]:

@@ -54,7 +54,9 @@ class TokenLogps(nn.Module):
         return torch.cat(parts)
 
     def _logps(self, hidden_ND: Tensor, target_N: Tensor) -> Tensor:
-        logits_NV: Tensor = self.model.get_output_embeddings()(hidden_ND).float() * self.scale
+        logits_NV: Tensor = self.model.get_output_embeddings()(hidden_ND).float()
+        if self.scale != 1.0:
+            logits_NV = logits_NV * self.scale
         if self.softcap is not None:
             logits_NV = torch.tanh(logits_NV / self.softcap) * self.softcap
         return logits_NV.gather(1, target_N[:, None])[:, 0] - logits_NV.logsumexp(1)

@@ -16,7 +16,7 @@ from selfplay.errors import AuditError, DataError, NonFiniteError, NoPairsError
 from selfplay.losses import reward_metrics, total_loss
 from selfplay.train.logps import TokenLogps
 from selfplay.train.model import PROBE_TOLERANCE, can_share_prompts, check_head, default_device, load_model, save_policy
-from selfplay.train.optim import Masters, make_optimizer, make_schedule
+from selfplay.train.optim import Masters, cast_parameters, make_optimizer, make_schedule
 from selfplay.train.pack import Pack, build_packs, form_steps
 from selfplay.train.reference import ReferenceLogps, audit_engine, check_zero_logratios, pair_logps, score_pairs
 from selfplay.train.settings import TrainJob, TrainSettings
@@ -75,7 +75,7 @@ class Trainer:
                 f"the gradient of this step is {norm}; no update was made. Its prompts: {_ids(pairs, indices)}. Look at "
                 "these pairs, lower train.learning_rate, or set train.bf16: false"
             )
-        torch.nn.utils.clip_grad_norm_(self.masters.weights, self.settings.max_grad_norm)
+        self.masters.scale_gradients(min(1.0, self.settings.max_grad_norm / (norm + 1e-6)))
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -173,22 +173,21 @@ def _reference(
     path = Path(job.out) / "reference.safetensors"
     if path.exists():
         return ReferenceLogps.load(path)
-    total = sum(_length(p) for p in pairs)
-    done = 0
-
-    def count(tokens: int) -> None:
-        nonlocal done
-        done += tokens
-        progress("reference", min(done, total), total)
-
-    cap = job.settings.max_pack_tokens
-    if job.reference is None:
-        reference = score_pairs(module, pairs, max_pack_tokens=cap, device=device, progress=count)
-    else:
-        other = load_model(job.reference).to(device, next(module.parameters()).dtype)
+    settings = job.settings
+    steps = form_steps(pairs, batch_size=settings.batch_size, seed=job.seed, epoch=0, shuffle=settings.shuffle)
+    frozen = module
+    if job.reference is not None:
+        other = load_model(job.reference).to(device)
+        cast_parameters(other, next(module.parameters()).dtype)
         frozen = TokenLogps(other, shared=module.shared)
-        reference = score_pairs(frozen, pairs, max_pack_tokens=cap, device=device, progress=count)
-        del other, frozen
+    reference = score_pairs(
+        frozen,
+        pairs,
+        steps,
+        max_pack_tokens=settings.max_pack_tokens,
+        device=device,
+        progress=lambda done: progress("reference", done, len(pairs)),
+    )
     reference.save(path)
     return reference
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,17 @@ from selfplay.train.pack import build_packs
 from selfplay.types import Message, PreferencePair
 
 PROBE_TOLERANCE = 1e-3  # nats; fp32 noise over a few layers is about 1e-5, a wrong mask is about 1
+
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "chat_template*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "generation_config.json",
+)
 
 
 def load_model(path: str, *, gradient_checkpointing: bool = False) -> Any:
@@ -105,24 +117,22 @@ def _bare_pair(prompt: tuple[int, ...], chosen: tuple[int, ...], rejected: tuple
 
 
 def save_policy(model: Any, masters: Masters, source: str, out: Path, *, dtype: str, chat_template: str | None) -> None:
-    """A Hugging Face checkpoint of the masters at `out`, tokenizer and generation config with it, written whole."""
-    from transformers import AutoTokenizer
-
+    """A Hugging Face checkpoint of the masters at `out`, written whole. Tokenizer and generation config are the source's own
+    files, byte for byte: saving a tokenizer anew may order its tokens differently in every process.
+    """
     target = getattr(torch, dtype)
     state = {name: weight.to(target).contiguous() for name, weight in masters.named()}
-    buffers = {name: value for name, value in model.state_dict().items() if name not in state}
     tied = set(model._tied_weights_keys or ())
-    state |= {
-        name: value.to(target) for name, value in buffers.items() if name not in tied and value.is_floating_point()
-    }
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    if chat_template is not None:
-        tokenizer.chat_template = chat_template
+    others = {k: v for k, v in model.state_dict().items() if k not in state and k not in tied}
+    state |= {k: v.to(target) for k, v in others.items() if v.is_floating_point()}
 
     def write(folder: Path) -> None:
         model.save_pretrained(folder, state_dict=state)
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {"dtype": dtype}, indent=2) + "\n")
-        tokenizer.save_pretrained(folder)
+        for file in {f for pattern in TOKENIZER_FILES for f in Path(source).glob(pattern) if f.is_file()}:
+            shutil.copyfile(file, folder / file.name)
+        if chat_template is not None:
+            (folder / "chat_template.jinja").write_text(chat_template)
 
     write_folder(out, write)

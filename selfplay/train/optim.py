@@ -21,9 +21,7 @@ class Masters:
         self.compute = [p for p in model.parameters() if p.requires_grad]
         self.is_copy = compute_dtype != torch.float32
         masters = [p.detach().float().clone() for p in self.compute] if self.is_copy else []
-        if self.is_copy:
-            model.to(compute_dtype)
-            self.compute = [p for p in model.parameters() if p.requires_grad]
+        cast_parameters(model, compute_dtype)
         self.weights: list[Tensor] = [m.requires_grad_() for m in masters] if self.is_copy else list(self.compute)
 
     def accumulate(self) -> None:
@@ -49,9 +47,23 @@ class Masters:
         norms = [w.grad.norm() for w in self.weights if w.grad is not None]
         return float(torch.stack(norms).norm()) if norms else 0.0
 
+    @torch.no_grad()
+    def scale_gradients(self, factor: float) -> None:
+        """Clipping, with the norm that is known already."""
+        if factor < 1.0:
+            torch._foreach_mul_([w.grad for w in self.weights if w.grad is not None], factor)
+
     def named(self) -> Iterator[tuple[str, Tensor]]:
         """(name, fp32 weight)."""
         return ((n, w.detach()) for n, w in zip(self.names, self.weights, strict=True))
+
+
+def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Casts the parameters in place and no buffer: `model.to(dtype)` would round the rotary frequencies as well, and move
+    the logps of late positions.
+    """
+    for param in model.parameters():
+        param.data = param.data.to(dtype)
 
 
 def make_optimizer(weights: list[Tensor], settings: TrainSettings) -> torch.optim.Optimizer:

@@ -1,0 +1,1 @@
+"""The commands of `selfplay`, one file per group: parsing and printing only."""

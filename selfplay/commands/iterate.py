@@ -1,0 +1,39 @@
+"""`selfplay iterate`: all rounds of a recipe, or with --dry-run what they would be."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from selfplay.commands.options import AllowCode, Overrides, RecipeFile
+from selfplay.recipe_file import load_recipe
+from selfplay.report import make_console, print_compared, print_run
+
+
+def iterate_command(
+    recipe: RecipeFile,
+    out: Annotated[
+        Path | None, typer.Option(help="The run directory. Default: runs/ and the recipe's name.", show_default=False)
+    ] = None,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show recipe, rounds, work and disk; load no model.")
+    ] = False,
+    allow_code: AllowCode = False,
+) -> None:
+    """Play all rounds of a recipe; the same command goes on where it stopped."""
+    loaded = load_recipe(recipe, overrides or ())
+    folder = out or Path("runs") / recipe.stem
+    console = make_console()
+    if dry_run:
+        from selfplay.plan import make_plan, print_plan
+
+        print_plan(make_plan(loaded, folder), console)
+        return
+    from selfplay.progress import Reporter
+    from selfplay.rounds import iterate
+
+    figures = iterate(loaded, folder, allow_code=allow_code, report=Reporter())
+    print_run(folder, figures, console)
+    print_compared(folder, figures, console)
+    typer.echo(f"policy: {folder / f'round-{loaded.rounds - 1:03d}' / 'policy'}")

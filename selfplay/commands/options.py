@@ -1,0 +1,22 @@
+"""Arguments and options that several commands share."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Override a key of the recipe: train.learning_rate=1e-6. Repeatable."
+    ),
+]
+AllowCode = Annotated[bool, typer.Option("--allow-code", help="Run the judge program that the recipe names.")]
+RoundIndex = Annotated[int, typer.Option("--round", min=0, help="The round, from 0: its prompts, seeds and settings.")]
+Model = Annotated[str, typer.Option(help="A model folder, or a hub id.", show_default=False)]
+Groups = Annotated[
+    Path, typer.Option(help="A folder of groups, of `generate` or of a run's round.", show_default=False)
+]
+OutFolder = Annotated[Path, typer.Option(help="The folder to write.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]

@@ -1,0 +1,64 @@
+"""`selfplay recipes`: the recipes that come with selfplay."""
+
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from selfplay.errors import RecipeError, StorageError
+from selfplay.recipe import LLMJudgeRecipe, PythonJudgeRecipe, Recipe
+from selfplay.recipe_file import load_recipe
+
+recipes_app = typer.Typer(help="List the recipes that come with selfplay, or copy one.")
+
+
+@recipes_app.callback(invoke_without_command=True)
+def list_command(context: typer.Context) -> None:
+    """List the recipes that come with selfplay, or copy one."""
+    if context.invoked_subcommand is not None:
+        return
+    files = sorted(recipe_folder().glob("*.yaml"))
+    width = max((len(file.stem) for file in files), default=0)
+    for file in files:
+        first = load_recipe(file).description.strip().partition("\n")[0]
+        typer.echo(f"{file.stem:{width}}  {first}".rstrip())
+
+
+@recipes_app.command("copy")
+def copy_command(
+    name: Annotated[str, typer.Argument(help="A name that `selfplay recipes` lists.", show_default=False)],
+    dest: Annotated[Path, typer.Argument(help="The folder to copy into.")] = Path(),
+) -> None:
+    """Copy a recipe, and the files that it names, to make it your own."""
+    folder = recipe_folder()
+    file = folder / f"{name}.yaml"
+    names = sorted(path.stem for path in folder.glob("*.yaml"))
+    if name not in names:
+        raise RecipeError(f"no recipe {name!r}; there are {', '.join(names)}")
+    sources = [file, *files_of(load_recipe(file), folder)]
+    there = [target for source in sources if (target := dest / source.relative_to(folder)).exists()]
+    if there:
+        raise StorageError(f"{there[0]}: already there; nothing was copied")
+    for source in sources:
+        target = dest / source.relative_to(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
+        typer.echo(target)
+
+
+def recipe_folder() -> Path:
+    """Where the recipes lie: in an installed package inside it, in a source checkout beside it."""
+    package = Path(__file__).resolve().parent.parent
+    inside = package / "_recipes"
+    return inside if inside.is_dir() else package.parent / "recipes"
+
+
+def files_of(recipe: Recipe, folder: Path) -> list[Path]:
+    """The files in `folder` that a recipe names: data, chat template, judge template, judge program."""
+    texts = [recipe.prompts.source, recipe.prompts.heldout, recipe.chat.chat_template]
+    for judge in (recipe.judge, recipe.evaluate.judge):
+        texts += [judge.template] if isinstance(judge, LLMJudgeRecipe) else []
+        texts += [judge.target.partition(":")[0]] if isinstance(judge, PythonJudgeRecipe) else []
+    paths = dict.fromkeys(Path(text) for text in texts if isinstance(text, str))
+    return [path for path in paths if path.is_relative_to(folder) and path.is_file()]

@@ -1,0 +1,110 @@
+"""`selfplay generate | judge | pairs | train | evaluate`: the stages of a round as separate jobs over files.
+
+selfplay generate RECIPE --model M --out w/groups
+selfplay judge RECIPE --groups w/groups --out w/judgements
+selfplay pairs RECIPE --groups w/groups --judgements w/judgements --out w/pairs.jsonl
+selfplay train RECIPE --model M --pairs w/pairs.jsonl --groups w/groups --out w
+selfplay evaluate RECIPE --model w/policy --out w/panel
+"""
+
+from collections import Counter
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from selfplay.commands.options import AllowCode, Groups, Model, OutFolder, Overrides, RecipeFile, RoundIndex
+from selfplay.progress import Reporter
+from selfplay.recipe_file import load_recipe
+from selfplay.report import make_console, number, print_policy, reasons
+
+
+def generate_command(
+    recipe: RecipeFile, model: Model, out: OutFolder, round: RoundIndex = 0, overrides: Overrides = None
+) -> None:
+    """Sample the completions of a round's prompts."""
+    loaded = load_recipe(recipe, overrides or ())
+    from selfplay.single import generate
+
+    groups = generate(loaded, model, out, round=round, report=Reporter())
+    completions = [c for group in groups for c in group.completions]
+    cut = sum(c.finish_reason == "length" for c in completions)
+    typer.echo(f"{out}: {len(groups)} prompts, {len(completions)} completions, {cut} cut at max_tokens")
+
+
+def judge_command(
+    recipe: RecipeFile,
+    groups: Groups,
+    out: OutFolder,
+    model: Annotated[str | None, typer.Option(help="The policy, for a judge that is the policy itself.")] = None,
+    round: RoundIndex = 0,
+    overrides: Overrides = None,
+    allow_code: AllowCode = False,
+) -> None:
+    """Score completions with the recipe's judge."""
+    loaded = load_recipe(recipe, overrides or ())
+    from selfplay.single import judge
+
+    found = judge(loaded, groups, out, model=model, round=round, allow_code=allow_code, report=Reporter())
+    scores = [score for judgement in found for score in judgement.scores]
+    known = [score for score in scores if score is not None]
+    mean = number(sum(known) / len(known) if known else None)
+    typer.echo(f"{out}: {len(scores)} completions, mean score {mean}, {len(scores) - len(known)} without a verdict")
+
+
+def pairs_command(
+    recipe: RecipeFile,
+    groups: Groups,
+    out: Annotated[Path, typer.Option(help="The file of pairs to write.", show_default=False)],
+    judgements: Annotated[Path | None, typer.Option(help="A folder of judgements.", show_default=False)] = None,
+    round: RoundIndex = 0,
+    overrides: Overrides = None,
+) -> None:
+    """Make preference pairs of judged completions."""
+    loaded = load_recipe(recipe, overrides or ())
+    from selfplay.single import pairs
+
+    selection = pairs(loaded, groups, judgements, out, round=round)
+    dropped = Counter(drop.reason for drop in selection.drops)
+    typer.echo(f"{out}: {len(selection.pairs)} pairs")
+    typer.echo(f"prompts without a pair: {reasons(dropped)}")
+    typer.echo(f"completions not used: {reasons(selection.unusable)}")
+
+
+def train_command(
+    recipe: RecipeFile,
+    model: Model,
+    pairs: Annotated[
+        str, typer.Option(help="pairs.jsonl, or any preference data: a file or a data set id.", show_default=False)
+    ],
+    out: OutFolder,
+    reference: Annotated[str | None, typer.Option(help="The reference policy. Default: the model.")] = None,
+    groups: Annotated[Path | None, typer.Option(help="What the model sampled, to check its engine.")] = None,
+    optimizer_state: Annotated[Path | None, typer.Option(help="train/optimizer.safetensors to carry on.")] = None,
+    round: RoundIndex = 0,
+    split: Annotated[str, typer.Option(help="The split of a data set id.")] = "train",
+    name: Annotated[str | None, typer.Option(help="The configuration of a data set id.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Train with DPO on preference pairs; the policy lies in OUT/policy."""
+    loaded = load_recipe(recipe, overrides or ())
+    from selfplay.single_train import TrainInputs, train
+
+    inputs = TrainInputs(model, pairs, name, split, reference, groups, optimizer_state, round)
+    result = train(loaded, inputs, out, Reporter())
+    typer.echo(
+        f"{out / 'policy'}: {result['num_pairs']} pairs ({result['num_too_long']} over max_length left out), "
+        f"{result['num_steps']} steps, loss {result['loss_first']:.4f} -> {result['loss_last']:.4f}, "
+        f"accuracy {result['rewards/accuracies']:.3f}"
+    )
+
+
+def evaluate_command(
+    recipe: RecipeFile, model: Model, out: OutFolder, overrides: Overrides = None, allow_code: AllowCode = False
+) -> None:
+    """Play the held-out panel of a model."""
+    loaded = load_recipe(recipe, overrides or ())
+    from selfplay.single import evaluate
+
+    figures = evaluate(loaded, model, out, allow_code=allow_code, report=Reporter())
+    print_policy(Path(model).name, figures, make_console(), temperature=loaded.evaluate.temperature)

@@ -1,0 +1,225 @@
+"""What a run would do: `selfplay iterate RECIPE --dry-run`. Reads the data set and the headers of the weights; loads no
+model, no tokenizer and no torch.
+"""
+
+import json
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from selfplay.errors import DataError
+from selfplay.models import resolve_auto
+from selfplay.prompts import PromptPool, load_pool
+from selfplay.recipe import Recipe, at_round
+from selfplay.recipe_file import dump_recipe
+from selfplay.report import print_table
+from selfplay.train.settings import TrainSettings, settings_at
+
+BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2}
+# One sampled token on disk: its id, its logp with 17 digits, about 4 characters of text; pairs repeat ids and text.
+RECORD_BYTES_PER_TOKEN = 50
+GB = 1e9
+
+
+@dataclass(frozen=True, slots=True)
+class RoundPlan:
+    """One round. Tokens, pairs and steps are upper bounds: a completion may end early and a prompt may give no pair."""
+
+    index: int
+    init: str
+    reference: str
+    num_prompts: int
+    first_prompt: int | None  # place in dealing order; None where every round gets all prompts
+    num_completions: int
+    max_tokens: int
+    temperature: float
+    max_pairs: int
+    max_steps: int
+    settings: TrainSettings
+
+    @property
+    def tokens(self) -> int:
+        return self.num_prompts * self.num_completions * self.max_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All rounds, the panels, and the disk. Bytes are None where the model isn't on this machine."""
+
+    recipe: Recipe
+    pool: PromptPool
+    rounds: tuple[RoundPlan, ...]
+    panel_completions: int
+    panel_tokens: int
+    num_parameters: int | None
+    bytes_needed: int | None
+    bytes_free: int
+
+
+def make_plan(recipe: Recipe, out: Path) -> Plan:
+    """The plan of a run in `out`, finished rounds counted as there. Raises what starting the run would raise about the
+    recipe and the data set.
+    """
+    recipe.check_judged()
+    recipe = _with_generator(recipe)
+    pool = load_pool(recipe.prompts, seed=recipe.seed)
+    rounds = tuple(_plan_round(recipe, pool, index) for index in range(recipe.rounds))
+    completions, tokens = _panel_work(recipe, len(pool.heldout[: recipe.evaluate.num_prompts]))
+    folder = find_model(recipe.model)
+    parameters = num_parameters(folder) if folder is not None else None
+    needed = None if parameters is None else _bytes_needed(recipe, rounds, tokens, parameters, out)
+    return Plan(recipe, pool, rounds, completions, tokens, parameters, needed, _bytes_free(out))
+
+
+def _with_generator(recipe: Recipe) -> Recipe:
+    """The recipe with the generator that this machine takes. A `bf16: auto` stays: to ask the machine would load torch."""
+    known = recipe.train.model_copy(update={"bf16": False})
+    return recipe.model_copy(update={"generator": resolve_auto(recipe.model_copy(update={"train": known})).generator})
+
+
+def _plan_round(recipe: Recipe, pool: PromptPool, index: int) -> RoundPlan:
+    prompts, generator, train = recipe.prompts, recipe.generator, recipe.train
+    count = len(pool.deal(prompts, index))
+    disjoint = prompts.deal == "disjoint" and prompts.num_prompts is not None
+    settings = settings_at(train, index, bf16=train.bf16 is True)
+    max_pairs = count * at_round(recipe.pairs.max_pairs_per_prompt, index)
+    steps = math.ceil(max_pairs / settings.batch_size) * settings.num_train_epochs
+    init = f"the policy of round {index - 1}" if index else recipe.model
+    initial = recipe.train.reference == "initial"
+    return RoundPlan(
+        index=index,
+        init=init,
+        reference=recipe.model if initial else init,
+        num_prompts=count,
+        first_prompt=sum(at_round(prompts.num_prompts or 0, r) for r in range(index)) + 1 if disjoint else None,
+        num_completions=at_round(generator.num_completions, index),
+        max_tokens=at_round(generator.max_tokens, index),
+        temperature=at_round(generator.temperature, index),
+        max_pairs=max_pairs,
+        max_steps=settings.max_steps if settings.max_steps > 0 else steps,
+        settings=settings,
+    )
+
+
+def _panel_work(recipe: Recipe, num_prompts: int) -> tuple[int, int]:
+    """Completions and at most tokens of all panels: the initial policy, the rounds between, the last."""
+    evaluate = recipe.evaluate
+    between = evaluate.num_completions_between or evaluate.num_completions
+    greedy = (recipe.rounds + 1) * evaluate.greedy
+    count = num_prompts * (2 * evaluate.num_completions + (recipe.rounds - 1) * between + greedy)
+    return count, count * (evaluate.max_tokens or at_round(recipe.generator.max_tokens, 0))
+
+
+def find_model(model: str) -> Path | None:
+    """The folder of a model, or the snapshot of a hub id that is already on this machine; None where there is neither."""
+    if Path(model).is_dir():
+        return Path(model)
+    if model.startswith(("/", ".")):
+        raise DataError(f"model {model}: no such folder")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    except HFValidationError as error:
+        raise DataError(f"model {model}: neither a folder here nor a hub id ({error})") from error
+
+
+def num_parameters(folder: Path) -> int:
+    """Parameters in the .safetensors files of a model, from their headers alone."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise DataError(f"model {folder}: no .safetensors weights in this folder (see selfplay import-gguf)")
+    return sum(_parameters_in(file) for file in files)
+
+
+def _parameters_in(file: Path) -> int:
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length > file.stat().st_size:
+            raise DataError(f"{file}: no safetensors file, or cut short; fetch it again")
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError as error:
+            raise DataError(f"{file}: no safetensors file ({error}); fetch it again") from error
+    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+
+
+def _bytes_needed(recipe: Recipe, rounds: tuple[RoundPlan, ...], panel_tokens: int, parameters: int, out: Path) -> int:
+    """What is still to be written. An optimizer that is carried on keeps one or two fp32 values per parameter."""
+    left = [plan for plan in rounds if not (out / f"round-{plan.index:03d}" / "policy").exists()]
+    per_round = parameters * BYTES_PER_VALUE[recipe.train.save_dtype]
+    if recipe.train.optimizer_state == "carried":
+        per_round += parameters * 4 * (2 if recipe.train.optim == "adamw_torch" else 1)
+    tokens = sum(plan.tokens for plan in left) + (panel_tokens if left else 0)
+    return len(left) * per_round + tokens * RECORD_BYTES_PER_TOKEN
+
+
+def _bytes_free(out: Path) -> int:
+    there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    return shutil.disk_usage(there).free
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """The resolved recipe, each round, the work, the disk."""
+    console.print(dump_recipe(plan.recipe), markup=False, soft_wrap=True)
+    pool = plan.pool
+    console.print(f"prompts: {len(pool.train)} for training, {len(pool.heldout)} held out (form: {pool.form})")
+    if pool.drops:
+        console.print(f"         {len(pool.drops)} rows dropped; prompts over max_prompt_length are dropped later")
+    console.print()
+    for round in plan.rounds:
+        for line in _round_lines(plan.recipe, round):
+            console.print(line, markup=False, soft_wrap=True)
+    console.print()
+    print_table("work, at most", _work_table(plan), console)
+    _print_disk(plan, console)
+
+
+def _round_lines(recipe: Recipe, plan: RoundPlan) -> list[str]:
+    settings = plan.settings
+    data = "all" if plan.first_prompt is None else f"{plan.first_prompt} to {plan.first_prompt + plan.num_prompts - 1}"
+    span = "the run" if recipe.train.schedule_scope == "run" else "the round"
+    optimizer = "fresh" if recipe.train.optimizer_state == "fresh" or not plan.index else "of the round before"
+    return [
+        f"round {plan.index}",
+        f"  init       {plan.init}",
+        f"  reference  {plan.reference}",
+        f"  data       prompts {data} in dealing order, {plan.num_completions} completions each "
+        f"(temperature {plan.temperature:g}, at most {plan.max_tokens} tokens)",
+        f"  schedule   learning_rate {settings.learning_rate:g}, {settings.lr_scheduler_type} over {span}, "
+        f"warmup_steps {settings.warmup_steps:g}; optimizer {optimizer}",
+        f"  train      beta {settings.beta:g}, loss {' + '.join(settings.loss_type)}, batch_size {settings.batch_size}, "
+        + (f"{settings.max_steps} steps" if settings.max_steps > 0 else f"{settings.num_train_epochs} epochs"),
+    ]
+
+
+def _work_table(plan: Plan) -> Table:
+    table = Table()
+    for column in ("", "prompts", "completions", "tokens to sample", "pairs", "steps"):
+        table.add_column(column, justify="right" if column else "left")
+    for r in plan.rounds:
+        work = (r.num_prompts, r.num_prompts * r.num_completions, r.tokens, r.max_pairs, r.max_steps)
+        table.add_row(f"round {r.index}", *(f"{count:,}" for count in work))
+    heldout = len(plan.pool.heldout[: plan.recipe.evaluate.num_prompts])
+    table.add_row("panels", f"{heldout:,}", f"{plan.panel_completions:,}", f"{plan.panel_tokens:,}", "", "")
+    return table
+
+
+def _print_disk(plan: Plan, console: Console) -> None:
+    free = f"{plan.bytes_free / GB:.2f} GB free"
+    if plan.bytes_needed is None:
+        console.print(f"disk: unknown, for {plan.recipe.model} is not on this machine; {free}", markup=False)
+        return
+    console.print(
+        f"disk: about {plan.bytes_needed / GB:.2f} GB needed "
+        f"({(plan.num_parameters or 0) / 1e6:.1f} M parameters, policies in {plan.recipe.train.save_dtype}); {free}"
+    )
+    if plan.bytes_needed > plan.bytes_free:
+        console.print("warning: the disk has too little room for this run; free some or take another --out")

@@ -1,0 +1,242 @@
+"""Preference data sets of others become our pairs: rows in = pairs + drops, each with its reason.
+
+Known forms, by the columns of the first row; `chosen` and `rejected` are always there:
+
+    explicit prompt      prompt (text or messages), instruction + input, or conversations; then chosen and rejected hold
+                         a text, one message, or a list of messages
+    implicit prompt      no such column: chosen and rejected are whole conversations, or whole texts, that share their
+                         beginning; a text in "Human: ... Assistant: ..." turns is read as a conversation
+
+A conversation that opens with a system or a user turn brings its own prompt, also where a prompt column stands beside it.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from selfplay.chat import Chat
+from selfplay.errors import DataError
+from selfplay.prompts import ROLES, read_rows
+from selfplay.types import Drop, Message, PreferencePair, Prompt, prompt_id
+
+Turns = tuple[Message, ...]
+PROMPT_COLUMNS = ("prompt", "instruction", "conversations")
+_SPEAKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
+_SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+
+
+@dataclass(frozen=True, slots=True)
+class Preferences:
+    """The pairs of a preference data set, and why rows gave none."""
+
+    pairs: tuple[PreferencePair, ...]
+    drops: tuple[Drop, ...]
+    form: str
+
+
+class _UnusableError(Exception):
+    """Says why a row gives no pair."""
+
+
+def holds_our_pairs(source: str) -> bool:
+    """Whether `source` is a pairs.jsonl of ours, whose token ids are trained on as they are."""
+    path = Path(source)
+    if path.suffix != ".jsonl" or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        first = file.readline()
+    try:
+        row = json.loads(first)
+    except ValueError:
+        return False
+    return isinstance(row, dict) and {"prompt_token_ids", "chosen_token_ids", "rejected_token_ids"} <= row.keys()
+
+
+def read_preferences(
+    source: str,
+    chat: Chat,
+    *,
+    name: str | None = None,
+    split: str = "train",
+    prompt_column: str | None = None,
+    system_prompt: str | None = None,
+    max_prompt_length: int | None = None,
+) -> Preferences:
+    """The pairs of a local file or of a data set id, tokenized by `chat`. Prompts of more than max_prompt_length tokens
+    are dropped, never cut. DataError where the columns are of no known form, or where no row gives a pair.
+    """
+    rows = list(read_rows(source, name=name, split=split))
+    if not rows:
+        raise DataError(f"{source}: no rows")
+    column, form = _form(rows[0], prompt_column, source)
+    made = list(_convert(rows, column, chat, source, system_prompt, max_prompt_length))
+    pairs = tuple(row for row in made if isinstance(row, PreferencePair))
+    drops = tuple(row for row in made if isinstance(row, Drop))
+    assert len(pairs) + len(drops) == len(rows)
+    if not pairs:
+        raise DataError(f"{source}: none of {len(rows)} rows gives a pair; the first: {drops[0].id}: {drops[0].reason}")
+    return Preferences(pairs, drops, form)
+
+
+def _form(row: Mapping[str, Any], prompt_column: str | None, source: str) -> tuple[str | None, str]:
+    """The column of the prompt, None where it is implicit, and the form in words."""
+    missing = [name for name in ("chosen", "rejected") if name not in row]
+    if missing:
+        raise DataError(
+            f"{source}: no column {missing[0]!r}; there are {', '.join(row)}. Preference rows have chosen and rejected, "
+            "and a prompt in a column of its own or at the start of both"
+        )
+    # the recipe's column is that of its prompts, and a preference data set need not share it
+    column = next((name for name in (prompt_column, *PROMPT_COLUMNS) if name is not None and name in row), None)
+    holds = "text" if isinstance(row["chosen"], str) else "messages"
+    return column, f"{'implicit prompt' if column is None else f'explicit prompt in {column!r}'}, {holds}"
+
+
+def _convert(
+    rows: Iterable[Mapping[str, Any]],
+    column: str | None,
+    chat: Chat,
+    source: str,
+    system_prompt: str | None,
+    max_prompt_length: int | None,
+) -> Iterable[PreferencePair | Drop]:
+    for number, row in enumerate(rows, 1):
+        where = f"{source}:{number}"
+        try:
+            messages, chosen, rejected = split_row(row, column)
+            yield _pair(_with_system(messages, system_prompt), chosen, rejected, row, chat, max_prompt_length)
+        except _UnusableError as reason:
+            yield Drop(where, str(reason))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{where}: this row does not fit the form of the first row ({error!r})") from error
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from error
+
+
+def _with_system(messages: Turns, system_prompt: str | None) -> Turns:
+    if system_prompt is None or messages[0].role == "system":
+        return messages
+    return (Message("system", system_prompt), *messages)
+
+
+def _pair(
+    messages: Turns, chosen: str, rejected: str, row: Mapping[str, Any], chat: Chat, max_prompt_length: int | None
+) -> PreferencePair:
+    for which, text in (("chosen", chosen), ("rejected", rejected)):
+        if not text.strip():
+            raise _UnusableError(f"empty {which}")
+    if not any(message.content.strip() for message in messages if message.role != "system"):
+        raise _UnusableError("empty prompt")
+    if not _encodable((*(m.content for m in messages), chosen, rejected)):
+        raise _UnusableError("lone surrogate in the text")
+    tools = tuple(row["tools"]) if row.get("tools") else None
+    prompt = Prompt(prompt_id(messages, tools), messages, tools)
+    prompt_ids = chat.encode_prompt(prompt)
+    if max_prompt_length is not None and len(prompt_ids) > max_prompt_length:
+        raise _UnusableError("prompt longer than max_prompt_length")
+    chosen_ids, rejected_ids = chat.encode_completion(prompt, chosen), chat.encode_completion(prompt, rejected)
+    if chosen_ids == rejected_ids:
+        raise _UnusableError("chosen equals rejected")
+    return PreferencePair(
+        prompt_id=prompt.id,
+        prompt=messages,
+        chosen=(Message("assistant", chosen),),
+        rejected=(Message("assistant", rejected),),
+        prompt_token_ids=prompt_ids,
+        chosen_token_ids=chosen_ids,
+        rejected_token_ids=rejected_ids,
+    )
+
+
+def _encodable(texts: Sequence[str]) -> bool:
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def split_row(row: Mapping[str, Any], column: str | None) -> tuple[Turns, str, str]:
+    """(prompt, chosen, rejected) of a row; `column` holds the prompt, None where it is implicit."""
+    chosen, rejected = row["chosen"], row["rejected"]
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        if column is not None:
+            return _prompt(row, column), chosen, rejected
+        one, other = _dialogue(chosen), _dialogue(rejected)
+        return _split_texts(chosen, rejected) if one is None or other is None else _split_turns(one, other)
+    one, other = _turns(chosen), _turns(rejected)
+    if column is None or (one and one[0].role != "assistant"):
+        found = _split_turns(one, other)
+        if column is not None and _last(found[0]) != _last(_prompt(row, column)):
+            raise _UnusableError(f"the prompt in {column!r} differs from that of the conversations")
+        return found
+    return _prompt(row, column), _only(one, "chosen"), _only(other, "rejected")
+
+
+def _prompt(row: Mapping[str, Any], column: str) -> Turns:
+    value = row[column]
+    if not isinstance(value, str):
+        return _turns(value)
+    given = f"\n\n{row['input']}" if column == "instruction" and row.get("input") else ""
+    return (Message("user", value + given),)
+
+
+def _turns(value: Any) -> Turns:
+    """Messages from a list of {role, content} or {from, value}, or from one of these."""
+    rows = [value] if isinstance(value, dict) else value
+    return tuple(
+        Message(ROLES[turn["from"]], turn["value"]) if "from" in turn else Message(turn["role"], turn["content"])
+        for turn in rows
+    )
+
+
+def _last(messages: Turns) -> str:
+    return messages[-1].content.strip() if messages else ""
+
+
+def _only(turns: Turns, which: str) -> str:
+    """The one assistant turn that a completion is."""
+    if not turns:
+        raise _UnusableError(f"empty {which}")
+    if len(turns) > 1 or turns[0].role != "assistant":
+        raise _UnusableError("chosen and rejected differ in more than the last turn")
+    return turns[0].content
+
+
+def _split_turns(chosen: Turns, rejected: Turns) -> tuple[Turns, str, str]:
+    """Two conversations with the same beginning."""
+    if chosen == rejected:
+        raise _UnusableError("chosen equals rejected")
+    shared = _shared_length(chosen, rejected)
+    if not any(message.role == "user" for message in chosen[:shared]):
+        raise _UnusableError("chosen and rejected share no prompt")
+    return chosen[:shared], _only(chosen[shared:], "chosen"), _only(rejected[shared:], "rejected")
+
+
+def _split_texts(chosen: str, rejected: str) -> tuple[Turns, str, str]:
+    """Two texts with the same beginning, which ends at the last white space before they part."""
+    if chosen == rejected:
+        raise _UnusableError("chosen equals rejected")
+    shared = chosen[: _shared_length(chosen, rejected)]
+    at = max((n + 1 for n, char in enumerate(shared) if char.isspace()), default=0)
+    if not shared[:at].strip():
+        raise _UnusableError("chosen and rejected share no prompt")
+    return (Message("user", shared[:at].strip()),), chosen[at:], rejected[at:]
+
+
+def _shared_length(one: Sequence[object], other: Sequence[object]) -> int:
+    parted = (n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return next(parted, min(len(one), len(other)))
+
+
+def _dialogue(text: str) -> Turns | None:
+    """The turns of a text like "Human: ... Assistant: ..."; None where it is none."""
+    parts = _SPEAKER.split(text)
+    if len(parts) < 5 or parts[0].strip() or parts[1] != "Human":
+        return None
+    return tuple(
+        Message(_SPEAKERS[speaker], said.strip()) for speaker, said in zip(parts[1::2], parts[2::2], strict=True)
+    )

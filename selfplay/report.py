@@ -1,0 +1,264 @@
+"""What people see of a run: tables, the gain, and completions side by side.
+
+Text that a model or a data set wrote goes through `safe_text` before it reaches a terminal.
+"""
+
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from selfplay import store
+from selfplay.recipe_file import parse_yaml
+from selfplay.types import Completion, Group, Judgement, PreferencePair, Prompt
+
+PLAIN_WIDTH = 110  # columns of a table that goes to a file or a pipe
+NUM_COMPARED = 6
+MAX_SHOWN = 900  # characters of one completion
+
+# Whole escape sequences, so that no "[31m" is left standing: CSI, terminated OSC/DCS/APC strings, two-character ones.
+# What is no whole sequence loses its escape character below.
+_ESCAPES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b[ -/]*[0-OQ-WYZ\\`-~]")
+_BIDI = dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A)])  # they reorder text around them
+
+
+def safe_text(text: str) -> str:
+    """`text` without terminal escapes, control characters other than newline and tab, and direction overrides; lone
+    surrogates, which no terminal takes, become U+FFFD.
+    """
+    text = _ESCAPES.sub("", text).replace("\r\n", "\n").replace("\r", "\n").translate(_BIDI)
+    kinds = [(char, unicodedata.category(char)) for char in text]
+    return "".join(
+        "\N{REPLACEMENT CHARACTER}" if kind == "Cs" else char for char, kind in kinds if kind != "Cc" or char in "\n\t"
+    )
+
+
+def shown(text: str, limit: int = MAX_SHOWN) -> Text:
+    """Safe text for a table or a line, never read as markup; cut after `limit` characters."""
+    safe = safe_text(text)
+    return Text(safe if len(safe) <= limit else safe[:limit] + " ...")
+
+
+def make_console() -> Console:
+    """Standard output; of a fixed width where it is no terminal."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=PLAIN_WIDTH)
+
+
+def print_run(run: Path, figures: Mapping[str, Any], console: Console) -> None:
+    """The tables of a run and its gain; `figures` is metrics.status(run)."""
+    recipe, _ = parse_yaml(store.read_bytes(run / "recipe.yaml").decode(), str(run / "recipe.yaml"))
+    print_panel(figures, console, temperature=recipe["evaluate"]["temperature"])
+    done = [row for row in figures["rounds"] if row["state"] == "done"]
+    if done:
+        print_table("training", training_table(done), console)
+        print_table("dropped, by reason", drops_table(done), console)
+    print_table("seconds of each stage", seconds_table(figures), console)
+    for row in figures["rounds"]:
+        if row["state"] != "done":
+            console.print(f"round {row['round']}: not finished, {row['state']} so far")
+    print_gain(figures, console)
+
+
+def print_table(title: str, table: Table, console: Console) -> None:
+    """A table under its title; a title of the table's own would be wrapped to the table's width."""
+    console.print(Text(title, style="bold"))
+    # rules are drawn for eyes at a terminal; a log or a README wants the columns alone
+    table.box = SIMPLE_HEAD if console.is_terminal else None
+    table.pad_edge = False
+    console.print(table)
+    if not console.is_terminal:
+        console.print()
+
+
+def _table(first: str, *columns: str) -> Table:
+    table = Table()
+    table.add_column(first, no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def number(value: float | None, digits: int = 3, sign: str = "") -> str:
+    """A figure, or "-" where it could not be had."""
+    return "-" if value is None else f"{value:{sign}.{digits}f}"
+
+
+def interval(value: Sequence[float] | None, sign: str = "") -> str:
+    return "-" if value is None else f"[{value[0]:{sign}.3f}, {value[1]:{sign}.3f}]"
+
+
+def print_panel(figures: Mapping[str, Any], console: Console, *, temperature: float) -> None:
+    """The held-out panel: a row for the initial policy and one for each round's."""
+    rows = [("initial", figures["initial"]), *_policies(figures)]
+    print_table(_panel_title(temperature), panel_table(rows), console)
+
+
+def print_policy(name: str, figures: Mapping[str, Any], console: Console, *, temperature: float) -> None:
+    """The held-out panel of one policy; `figures` is its eval.json."""
+    print_table(_panel_title(temperature), panel_table([(safe_text(name), figures)]), console)
+
+
+def _panel_title(temperature: float) -> str:
+    return f"held-out prompts (temperature {temperature:g}; length in tokens; entropy and KL in nats per token)"
+
+
+def _policies(figures: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    return [(f"round {row['round']}", row) for row in figures["rounds"] if row["mean_length"] is not None]
+
+
+def panel_table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
+    """A row per policy. Lengths are tokens, entropy and KL nats per token; length to KL are of the sampled completions."""
+    table = _table(
+        "policy",
+        "score",
+        "95 % interval",
+        "greedy",
+        "on topic",
+        "length",
+        "truncated",
+        "entropy",
+        "KL",
+    )
+    for name, row in rows:
+        table.add_row(
+            name,
+            number(row["heldout_score"]),
+            interval(row["heldout_interval"]),
+            number(row["heldout_greedy"]),
+            number(row["on_topic"]),
+            number(row["mean_length"], 1),
+            number(row["truncated"]),
+            number(row["entropy"]),
+            number(row["kl"], 4),
+        )
+    return table
+
+
+def training_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """A row per finished round: what went in, what came out, and how training went."""
+    columns = ("prompts", "completions", "pairs", "no pair", "steps", "loss first -> last", "accuracy", "margin")
+    table = _table("round", *columns)
+    for row in rows:
+        counts, train = row["counts"], row["train"]
+        table.add_row(
+            str(row["round"]),
+            str(counts["num_prompts"]),
+            str(counts["num_completions"]),
+            str(counts["num_pairs"]),
+            str(sum(counts["num_prompts_without_pair"].values())),
+            str(train["num_steps"]),
+            f"{train['loss_first']:.3f} -> {train['loss_last']:.3f}",
+            number(train["rewards/accuracies"]),
+            number(train["rewards/margins"]),
+        )
+    return table
+
+
+def drops_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Why prompts gave no pair, and completions entered none."""
+    table = Table()
+    table.add_column("round", no_wrap=True)
+    table.add_column("prompts without a pair")
+    table.add_column("completions not used")
+    table.add_column("pairs over max_length", justify="right")
+    for row in rows:
+        counts = row["counts"]
+        prompts, completions = counts["num_prompts_without_pair"], counts["num_unusable_completions"]
+        table.add_row(str(row["round"]), reasons(prompts), reasons(completions), str(counts["num_pairs_too_long"]))
+    return table
+
+
+def reasons(counts: Mapping[str, int]) -> str:
+    """Counts by reason, the largest first."""
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return "; ".join(f"{count} {reason}" for reason, count in ordered) or "none"
+
+
+def seconds_table(figures: Mapping[str, Any]) -> Table:
+    """Seconds of each stage. The panel of a round is that of the policy that it made."""
+    rows = [("initial", figures["initial"]["seconds"])]
+    rows += [(f"round {row['round']}", row.get("seconds", {})) for row in figures["rounds"]]
+    stages = list(dict.fromkeys(stage for _, seconds in rows for stage in seconds))
+    table = _table("policy of", *stages, "all")
+    for name, seconds in rows:
+        found = [number(seconds.get(stage), 1) for stage in stages]
+        table.add_row(name, *found, number(sum(seconds.values()), 1))
+    return table
+
+
+def print_gain(figures: Mapping[str, Any], console: Console) -> None:
+    """The last policy against the initial one."""
+    for name, key in (("sampled", "gain"), ("greedy", "greedy_gain")):
+        if figures[key] is not None:
+            between = interval(figures[f"{key}_interval"], "+")
+            console.print(f"gain over the initial policy, {name}: {number(figures[key], 3, '+')} {between}")
+    if figures["gain"] is not None:
+        console.print("(means over held-out prompts; 95 % intervals from a bootstrap over prompts, paired)")
+
+
+def print_compared(run: Path, figures: Mapping[str, Any], console: Console, *, count: int = NUM_COMPARED) -> None:
+    """Held-out prompts with the first sampled completion of the initial and of the last policy side by side."""
+    finished = [row["round"] for row in figures["rounds"] if row["mean_length"] is not None]
+    if not finished:
+        return
+    before, after = _panel(run / "initial"), _panel(run / f"round-{finished[-1]:03d}")
+    ids = sorted(before.keys() & after.keys())[:count]
+    console.print(
+        f"{len(ids)} held-out prompts, not chosen by hand: those with the smallest ids, which are hashes of their text. "
+        "Of each policy the first completion is shown, with its score."
+    )
+    for id in ids:
+        prompt, first, first_score = before[id]
+        _, last, last_score = after[id]
+        table = Table(expand=True, padding=(0, 2))
+        table.add_column(f"initial policy, score {number(first_score, 2)}", ratio=1)
+        table.add_column(f"policy of round {finished[-1]}, score {number(last_score, 2)}", ratio=1)
+        table.add_row(_marked(first), _marked(last))
+        print_table(f"prompt: {shown(prompt.text, 400)}", table, console)
+
+
+def _marked(completion: Completion) -> Text:
+    text = shown(completion.text) if completion.text else Text("(empty)")
+    return text + Text(" [cut at max_tokens]") if completion.finish_reason == "length" else text
+
+
+def _panel(folder: Path) -> dict[str, tuple[Prompt, Completion, float | None]]:
+    """Prompt, first completion and its score, by prompt id."""
+    found = {}
+    for path in sorted((folder / "heldout" / "temperature").glob("*.jsonl")):
+        groups = store.read_records(path, Group)
+        judged = folder / "heldout" / "temperature-judgements" / path.name
+        scores: list[float | None] = [None] * len(groups)
+        if judged.exists():
+            scores = [judgement.scores[0] for judgement in store.read_records(judged, Judgement)]
+        for group, score in zip(groups, scores, strict=True):
+            found[group.prompt.id] = (group.prompt, group.completions[0], score)
+    return found
+
+
+def print_group(group: Group, judgement: Judgement | None, console: Console) -> None:
+    """A prompt with its completions, their scores and notes."""
+    console.print(Text(f"prompt {group.prompt.id} ({safe_text(group.prompt.source)})", style="bold"))
+    for message in group.prompt.messages:
+        console.print(Text(f"{safe_text(message.role)}: ") + shown(message.content))
+    if group.gold is not None:
+        console.print(Text("gold answer: ", style="bold") + shown(group.gold.text))
+    for k, completion in enumerate(group.completions):
+        score = "not judged" if judgement is None else f"score {number(judgement.scores[k])}"
+        console.print(Text(f"completion {k}, {score}: ", style="bold") + _marked(completion))
+        if judgement is not None and judgement.notes and judgement.notes[k]:
+            console.print(Text("  note: ") + shown(judgement.notes[k]))
+
+
+def print_pair(pair: PreferencePair, console: Console) -> None:
+    """Which completions a pair holds."""
+    chosen = "gold answer" if pair.chosen_index is None else f"completion {pair.chosen_index}"
+    rejected = "gold answer" if pair.rejected_index is None else f"completion {pair.rejected_index}"
+    console.print(f"pair: chosen {chosen}, rejected {rejected}, margin {number(pair.margin)}")

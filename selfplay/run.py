@@ -1,0 +1,165 @@
+"""A run directory: opening it, continuing it, and where the files of each round lie."""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from selfplay import store
+from selfplay.chat import Chat
+from selfplay.errors import RecipeError
+from selfplay.judges import make_judge
+from selfplay.models import load_chat, local_model, open_generator, resolve_auto
+from selfplay.panel import Panel
+from selfplay.progress import Reporter
+from selfplay.prompts import PromptPool, load_pool
+from selfplay.protocols import Judge, PairSelector
+from selfplay.recipe import Recipe
+from selfplay.recipe_file import check_recipe, differences, dump_recipe, parse_yaml
+from selfplay.types import derive_seed
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What all rounds of a run share."""
+
+    folder: Path
+    recipe: Recipe  # with every auto resolved
+    initial: Path
+    chat: Chat
+    pool: PromptPool
+    judge: Judge | None
+    selector: PairSelector | None  # the user's own; else the recipe's
+    panel: Panel
+    report: Reporter
+
+    def round(self, index: int) -> "Round":
+        return Round(self, index)
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One round of a run, 0-based, and where its files lie."""
+
+    run: Run
+    index: int
+
+    @property
+    def folder(self) -> Path:
+        return self.run.folder / f"round-{self.index:03d}"
+
+    @property
+    def policy(self) -> Path:
+        """The policy that this round makes."""
+        return self.folder / "policy"
+
+    @property
+    def start(self) -> Path:
+        """The policy that this round starts from, and samples from."""
+        return self.run.round(self.index - 1).policy if self.index else self.run.initial
+
+    @property
+    def panel_folder(self) -> Path:
+        """Where the panel of the starting policy lies."""
+        return self.run.round(self.index - 1).folder if self.index else self.run.folder / "initial"
+
+    def seed(self, stage: str) -> int:
+        return derive_seed(self.run.recipe.seed, self.index, stage)
+
+
+def start_run(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    judge: Judge | None,
+    selector: PairSelector | None,
+    allow_code: bool,
+    report: Reporter,
+) -> Run:
+    """Opens or continues a run directory. RecipeError where it holds a run of another recipe, model, data or judge."""
+    if judge is None and selector is None:
+        recipe.check_judged()
+    recipe = _same_recipe(recipe, folder)
+    initial = local_model(recipe.model)
+    chat = load_chat(str(initial), recipe.chat)
+    pool = load_pool(recipe.prompts, seed=recipe.seed, chat=chat)
+    for reason, count in Counter(drop.reason for drop in pool.drops).items():
+        report.note(f"prompts: {count} dropped: {reason}")
+    report.note(f"prompts: {len(pool.train)} for training, {len(pool.heldout)} held out (form: {pool.form})")
+    if judge is None and recipe.judge is not None:
+        judge = make_judge(
+            recipe.judge, allow_code=allow_code, open_model=lambda model: open_judge_model(recipe, model)
+        )
+    held = recipe.evaluate.judge
+    panel_judge = (
+        judge
+        if held is None
+        else make_judge(held, allow_code=allow_code, open_model=lambda m: open_judge_model(recipe, m))
+    )
+    identity = {
+        "model": store.weights_digest(initial),
+        "prompts": pool.digest,
+        "judge": judge.identity if judge is not None else None,
+        "heldout_judge": panel_judge.identity if panel_judge is not None else None,
+        "selector": type(selector).__name__ if selector is not None else None,
+    }
+    _same_identity(identity, folder)
+    if not (folder / "recipe.yaml").exists() or _read_recipe(folder).rounds != recipe.rounds:
+        store.write_bytes(folder / "recipe.yaml", dump_recipe(recipe).encode())
+    heldout = pool.heldout[: recipe.evaluate.num_prompts]
+    panel = Panel(recipe, heldout, panel_judge, report)
+    return Run(folder, recipe, initial, chat, pool, judge, selector, panel, report)
+
+
+def open_judge_model(recipe: Recipe, model: str) -> Any:
+    """A generator of a judge's own model, on the same kind of engine."""
+    folder = local_model(model)
+    return open_generator(recipe.generator, folder, Chat.load(str(folder)), seed=recipe.seed)
+
+
+def _read_recipe(folder: Path) -> Recipe:
+    data, _ = parse_yaml(store.read_bytes(folder / "recipe.yaml").decode(), str(folder / "recipe.yaml"))
+    return check_recipe(data, str(folder / "recipe.yaml"))
+
+
+def _same_recipe(recipe: Recipe, folder: Path) -> Recipe:
+    """The resolved recipe: the run's own where it differs in `auto` and `rounds` only."""
+    if not (folder / "recipe.yaml").exists():
+        return resolve_auto(recipe)
+    old = _read_recipe(folder)
+    new = recipe.model_copy(
+        update={
+            "generator": recipe.generator.model_copy(update={"kind": old.generator.kind})
+            if recipe.generator.kind == "auto"
+            else recipe.generator,
+            "train": recipe.train.model_copy(update={"bf16": old.train.bf16})
+            if recipe.train.bf16 == "auto"
+            else recipe.train,
+        }
+    )
+    changed = [
+        d
+        for d in differences(old, new)
+        if not d.startswith(("description:", "model:", "prompts.source:", "prompts.heldout:"))
+    ]
+    if [d for d in changed if not d.startswith("rounds:")] or new.rounds < old.rounds:
+        raise RecipeError(
+            f"{folder} holds a run of another recipe; only more `rounds` may be asked of it. Take a new --out, or undo:\n  "
+            + "\n  ".join(changed)
+        )
+    if changed and recipe.train.schedule_scope == "run":
+        raise RecipeError(f"{folder}: with schedule_scope: run the schedule spans all rounds, so `rounds` can't change")
+    return new
+
+
+def _same_identity(identity: dict[str, Any], folder: Path) -> None:
+    path = folder / "run.json"
+    if not path.exists():
+        store.write_json(path, identity)
+        return
+    old = store.read_json(path)
+    changed = [f"{key}: {old.get(key)} -> {value}" for key, value in identity.items() if old.get(key) != value]
+    if changed:
+        raise RecipeError(
+            f"{folder} was started with another {', '.join(changed)}. Take a new --out, or bring back the old"
+        )

@@ -1,0 +1,63 @@
+"""Pairs and training jobs for tests: small, real, and made from plain values."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from selfplay.recipe import TrainRecipe
+from selfplay.store import write_records
+from selfplay.train.settings import TrainJob, TrainSettings, settings_at
+from selfplay.types import Message, PreferencePair
+
+Tokens = tuple[int, ...]
+
+
+def pair_of(prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence[int], **values: Any) -> PreferencePair:
+    """A pair of bare token ids; its texts spell the ids."""
+    name = "-".join(map(str, prompt))
+    return PreferencePair(
+        prompt_id=name,
+        prompt=(Message("user", name),),
+        chosen=(Message("assistant", str(chosen)),),
+        rejected=(Message("assistant", str(rejected)),),
+        prompt_token_ids=tuple(prompt),
+        chosen_token_ids=tuple(chosen),
+        rejected_token_ids=tuple(rejected),
+        **values,
+    )
+
+
+def random_pairs(
+    *, num_prompts: int = 3, num_completions: int = 3, prompt_length: int = 12, length: int = 8, seed: int = 0
+) -> list[PreferencePair]:
+    """All ordered pairs (a before b) of every prompt's completions, of lengths from about half to the given ones. Ids lie
+    in 6..259, the bytes of the tiny tokenizer; every completion ends with its end token, 1.
+    """
+    draw = random.Random(seed)
+
+    def tokens(most: int) -> Tokens:
+        return tuple(draw.randrange(6, 260) for _ in range(draw.randint(max(1, most // 2), most)))
+
+    pairs = []
+    for _ in range(num_prompts):
+        prompt = tokens(prompt_length)
+        completions = [(*tokens(length), 1) for _ in range(num_completions)]
+        pairs += [pair_of(prompt, a, b) for n, a in enumerate(completions) for b in completions[n + 1 :]]
+    return pairs
+
+
+def settings(**changes: Any) -> TrainSettings:
+    """A recipe's defaults, fp32, one batch size for tiny data, and `changes`."""
+    recipe = TrainRecipe.model_validate({"learning_rate": 1e-3, "batch_size": 4, **changes})
+    return settings_at(recipe, 0, bf16=recipe.bf16 is True)
+
+
+def job_of(
+    folder: Path, model: Path, pairs: Sequence[PreferencePair], *, job: dict[str, Any] | None = None, **changes: Any
+) -> TrainJob:
+    """A training job over `pairs` in `folder`; `job` sets fields of TrainJob, the rest are settings."""
+    write_records(folder / "pairs.jsonl", pairs, PreferencePair)
+    made = TrainJob(str(model), str(folder / "pairs.jsonl"), str(folder / "out"), settings(**changes), seed=0)
+    return replace(made, **(job or {}))
