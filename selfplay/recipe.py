@@ -85,7 +85,7 @@ class GeneratorRecipe(Section):
     stop: list[str] = []
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     max_model_len: PositiveInt | None = None
-    max_batch_size: PositiveInt = 64
+    max_batch_size: PositiveInt | None = None
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
     tensor_parallel_size: PositiveInt = 1
     data_parallel_size: PositiveInt = 1

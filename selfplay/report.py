@@ -162,12 +162,12 @@ def training_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def drops_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Why prompts gave no pair, and completions entered none."""
+    """Why prompts gave no pair and completions entered none, and how many pairs were over max_length."""
     table = Table()
     table.add_column("round", no_wrap=True)
     table.add_column("prompts without a pair")
     table.add_column("completions not used")
-    table.add_column("pairs over max_length", justify="right")
+    table.add_column("too long", justify="right")
     for row in rows:
         counts = row["counts"]
         prompts, completions = counts["num_prompts_without_pair"], counts["num_unusable_completions"]

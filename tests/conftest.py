@@ -2,10 +2,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from tiny import make_tiny_model
 
 from selfplay.chat import Chat
 from selfplay.types import Completion, Group, Judgement, Message, PreferencePair, Prompt, prompt_id
+
+settings.register_profile("selfplay", deadline=None)  # a busy machine is no failure
+settings.load_profile("selfplay")
 
 QUESTIONS = ("Name a bird.", "What is the sea and the sand?", "Sing!", "And then?")
 TEXTS = ("the thing", "I sing in the rain, and then again.", "no", "and the end")

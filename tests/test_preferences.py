@@ -5,22 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import END
 
 from selfplay.chat import Chat
 from selfplay.errors import DataError
 from selfplay.preferences import Preferences, holds_our_pairs, read_preferences
 from selfplay.types import Message, PreferencePair, Prompt, prompt_id
-from tests.tiny import END, make_tiny_tokenizer
 
 HI = {"role": "user", "content": "Say hi."}
 GOOD = {"role": "assistant", "content": "Hi there!"}
 BAD = {"role": "assistant", "content": "No."}
-
-
-@pytest.fixture(scope="module")
-def chat() -> Chat:
-    tokenizer = make_tiny_tokenizer()
-    return Chat(tokenizer, stop_token_ids=[tokenizer.eos_token_id])
 
 
 def read(folder: Path, chat: Chat, *rows: dict[str, Any], **options: Any) -> Preferences:

@@ -46,15 +46,10 @@ def wordings(rows, length):
     return {run for run in runs if not subject & set(run)}
 
 
-def own_check(row):
+def own_checks(row):
     """The row's checks without those that every row has, as one comparable text."""
-    shared = {"on_topic"}
-    own = [c for c in row["checks"] if c["kind"] not in shared and c not in common_checks()]
+    own = [c for c in row["checks"] if c["kind"] != "on_topic" and not all(c in r["checks"] for r in TRAIN)]
     return json.dumps(own, sort_keys=True)
-
-
-def common_checks():
-    return [c for c in TRAIN[0]["checks"] if all(c in row["checks"] for row in TRAIN + HELDOUT)]
 
 
 @both
@@ -80,7 +75,8 @@ def test_every_row_asks_for_its_subject_by_name_for_more_about_it_and_for_eight_
     for row in rows:
         name, related = [c for c in row["checks"] if c["kind"] == "on_topic"]
         assert passes(name, row["prompt"], None), "the subject's name stands in the prompt"
-        assert not set(name["words"]) & set(related["words"])
+        forms = [w + ending for w in name["words"] for ending in ("", "s", "es")]
+        assert not [f for f in forms if passes(related, f, None)], "or the name alone would be enough"
         assert any(c["kind"] == "words" and c.get("min", 0) >= 8 for c in row["checks"])
 
 
@@ -109,7 +105,7 @@ def test_about_half_of_the_kinds_reward_longer_completions(rows):
     assert len(shorter) >= 0.25 * len(verdicts)
 
 
-def test_the_stand_ins_of_the_subject_words_are_new_in_the_held_out_rows():
+def test_no_key_word_is_shared_between_training_and_held_out_rows():
     train, heldout = key_words(TRAIN), key_words(HELDOUT)
     for one, other in ((train, heldout), (heldout, train)):
         shared = {w for w in one if passes({"kind": "on_topic", "words": sorted(other)}, w, None)}
@@ -136,8 +132,8 @@ def test_held_out_wordings_are_new():
 def test_some_kinds_of_check_occur_in_the_held_out_rows_only():
     new = {row["kind"] for row in HELDOUT} - {row["kind"] for row in TRAIN}
     assert len(new) >= 2
-    trained = {own_check(row) for row in TRAIN}
-    assert not [row for row in HELDOUT if row["kind"] in new and own_check(row) in trained]
+    trained = {own_checks(row) for row in TRAIN}
+    assert not [row for row in HELDOUT if row["kind"] in new and own_checks(row) in trained]
 
 
 @both

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from selfplay.errors import DataError, RecipeError
+from selfplay.generators import attention
 from selfplay.generators.engine import EngineSettings, Request, Result
 from selfplay.generators.sampling import Sampler
 
@@ -52,9 +53,11 @@ class TransformersEngine:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
             config = AutoConfig.from_pretrained(settings.model)
-            self._model = AutoModelForCausalLM.from_pretrained(
-                settings.model, dtype=_dtype(settings.dtype, config.dtype, self._device), **settings.engine_args
-            )
+            arguments = {
+                "dtype": _dtype(settings.dtype, config.dtype, self._device),
+                "attn_implementation": _attention(config),
+            }
+            self._model = AutoModelForCausalLM.from_pretrained(settings.model, **{**arguments, **settings.engine_args})
         except (OSError, ValueError) as error:
             raise DataError(f"{settings.model}: the model could not be loaded ({error})") from error
         self._model.to(self._device).eval()
@@ -133,7 +136,7 @@ class TransformersEngine:
         for n, prompt in enumerate(prompts):
             ids_UP[n, longest - len(prompt) :] = torch.tensor(prompt)
             mask_UP[n, longest - len(prompt) :] = 1
-        cache = DynamicCache(config=self._model.config)
+        cache = attention.new_cache(self._model.config)
         mask_UP = mask_UP.to(self._device)
         return self._forward(ids_UP.to(self._device), mask_UP, cache), cache, mask_UP
 
@@ -172,6 +175,12 @@ class _StopStrings:
         )
         ends = [(text.index(s) + len(s), n) for n, s in enumerate(stop) if s in text]
         return stop[min(ends)[1]] if ends else None
+
+
+def _attention(config: Any) -> str:
+    """sdpa ignores a soft-cap on attention scores, and not every family has it."""
+    softcap = config.get_text_config().to_dict().get("attn_logit_softcapping")
+    return attention.register() if MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa and not softcap else "eager"
 
 
 def _batches(requests: Sequence[Request], size: int) -> Iterator[list[Request]]:

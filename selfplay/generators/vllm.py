@@ -110,6 +110,8 @@ def engine_arguments(settings: EngineSettings, *, on_cpu: bool) -> dict[str, Any
         }
         if not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
             arguments["kv_cache_memory_bytes"] = cpu_cache_bytes()
+    if settings.max_batch_size is not None:
+        arguments["max_num_seqs"] = settings.max_batch_size
     return arguments | dict(settings.engine_args)
 
 

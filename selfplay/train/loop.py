@@ -152,7 +152,7 @@ def _length(pair: PreferencePair) -> int:
     return len(pair.prompt_token_ids) + max(len(pair.chosen_token_ids), len(pair.rejected_token_ids))
 
 
-def _probe(model: Any, device: torch.device) -> tuple[bool, float]:
+def _probe(model: Any, device: torch.device) -> tuple[bool, float | None]:
     head = check_head(model, device)
     if not head <= PROBE_TOLERANCE:
         raise AuditError(

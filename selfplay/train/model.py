@@ -65,8 +65,9 @@ def default_device() -> torch.device:
     )
 
 
-def can_share_prompts(model: Any, device: torch.device) -> tuple[bool, float]:
-    """(whether packed logps equal plain ones, the largest difference in nats) on this very model.
+def can_share_prompts(model: Any, device: torch.device) -> tuple[bool, float | None]:
+    """(whether packed logps equal plain ones, the largest difference in nats) on this very model. The difference is None
+    where the model takes no mask of packs at all.
 
     The probe crosses the sliding window where there is one within reach. Recurrent and ALiBi models fail it, and then
     train on plain rows.
@@ -91,7 +92,7 @@ def can_share_prompts(model: Any, device: torch.device) -> tuple[bool, float]:
             except (TypeError, ValueError, RuntimeError, KeyError):
                 if not shared:
                     raise
-                return False, float("inf")  # a model that takes no such mask at all
+                return False, None
         difference = (sums[0] - sums[1]).abs().max().item()
     return difference <= PROBE_TOLERANCE * max(1.0, sums[1].abs().max().item() / 100), difference
 

@@ -1,0 +1,424 @@
+"""The command line, from arguments to exit codes, on a model of 100,000 parameters and the scripted generator."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from selfplay import cli, store
+from selfplay.cli import main
+from selfplay.types import Completion, Group, Judgement, Message, PreferencePair, Prompt
+
+JUDGED = {"kind": "verifier", "checks": [{"kind": "words", "min": 9}, {"kind": "contains", "any": ["moon", "sky"]}]}
+
+
+def write_recipe(folder: Path, model: Path, /, **sections: Any) -> Path:
+    """A recipe in `folder` and its prompts: 8 a round, 8 held out."""
+    rows = [{"prompt": f"Tell me about thing {n}."} for n in range(32)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data: dict[str, Any] = {
+        "model": str(model),
+        "rounds": 2,
+        "prompts": {"source": "prompts.jsonl", "num_prompts": 8, "heldout": 0.25},
+        "generator": {"kind": "scripted", "max_tokens": 100},
+        "judge": JUDGED,
+        "train": {"learning_rate": [1e-3, 1e-4], "batch_size": 4, "bf16": False},
+        "evaluate": {"num_completions": 2},
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**data, **sections}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
+    return write_recipe(tmp_path_factory.mktemp("recipe"), tiny)
+
+
+@pytest.fixture(scope="module")
+def run(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of 2 rounds; tests read it and leave it as it is."""
+    folder = tmp_path_factory.mktemp("run") / "run"
+    assert main(["iterate", str(recipe), "--out", str(folder)]) == 0
+    return folder
+
+
+def ok(*arguments: object) -> None:
+    assert main([str(argument) for argument in arguments]) == 0
+
+
+def process(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False, **options)
+
+
+def test_iterate_ends_with_a_row_for_every_policy_the_gain_and_six_prompts(
+    run: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ok("iterate", recipe, "--out", run)  # goes on, with nothing left to do
+    lines = capsys.readouterr().out.splitlines()
+    for start in ("initial", "round 0", "round 1"):
+        assert any(line.startswith(start) for line in lines)
+    assert sum(line.startswith("gain over the initial policy") for line in lines) == 2
+    assert sum(line.startswith("prompt: Tell me about thing") for line in lines) == 6
+    assert max(map(len, lines)) <= 110
+    assert lines[-1] == f"policy: {run / 'round-001' / 'policy'}"
+
+
+def test_a_finished_run_is_left_as_it_is(run: Path, recipe: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+    ok("iterate", recipe, "--out", run)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_the_stages_one_by_one_write_the_bytes_of_a_round(run: Path, recipe: Path, tiny: Path, tmp_path: Path) -> None:
+    groups, judgements, pairs = tmp_path / "groups", tmp_path / "judgements", tmp_path / "pairs.jsonl"
+    ok("generate", recipe, "--model", tiny, "--out", groups)
+    ok("judge", recipe, "--groups", groups, "--out", judgements)
+    ok("pairs", recipe, "--groups", groups, "--judgements", judgements, "--out", pairs)
+    ok("train", recipe, "--model", tiny, "--pairs", pairs, "--out", tmp_path / "train")
+    first = run / "round-000"
+    for ours, theirs in ((groups, first / "groups"), (judgements, first / "judgements")):
+        assert (ours / "00000.jsonl").read_bytes() == (theirs / "00000.jsonl").read_bytes()
+    assert pairs.read_bytes() == (first / "pairs.jsonl").read_bytes()
+    assert store.weights_digest(tmp_path / "train" / "policy") == store.weights_digest(first / "policy")
+
+
+def test_the_stages_of_a_later_round_take_its_prompts_seeds_and_settings(
+    run: Path, recipe: Path, tmp_path: Path
+) -> None:
+    groups, policy = tmp_path / "groups", run / "round-000" / "policy"
+    ok("generate", recipe, "--model", policy, "--out", groups, "--round", 1)
+    second = run / "round-001"
+    assert (groups / "00000.jsonl").read_bytes() == (second / "groups" / "00000.jsonl").read_bytes()
+    pairs = second / "pairs.jsonl"
+    ok("train", recipe, "--model", policy, "--pairs", pairs, "--out", tmp_path / "train", "--round", 1)
+    assert store.weights_digest(tmp_path / "train" / "policy") == store.weights_digest(second / "policy")
+
+
+def test_pairs_of_an_old_run_are_made_again_from_its_own_judgements(run: Path, recipe: Path, tmp_path: Path) -> None:
+    first = run / "round-000"
+    ok(
+        "pairs",
+        recipe,
+        "--groups",
+        first / "groups",
+        "--judgements",
+        first / "judgements",
+        "--out",
+        tmp_path / "p.jsonl",
+    )
+    assert (tmp_path / "p.jsonl").read_bytes() == (first / "pairs.jsonl").read_bytes()
+
+
+def test_a_panel_alone_is_the_run_s_own(run: Path, recipe: Path, tiny: Path, tmp_path: Path) -> None:
+    ok("evaluate", recipe, "--model", tiny, "--out", tmp_path)
+    assert (tmp_path / "eval.json").read_bytes() == (run / "initial" / "eval.json").read_bytes()
+
+
+def test_a_panel_alone_measures_how_far_a_policy_is_from_the_recipe_s_model(
+    run: Path, recipe: Path, tmp_path: Path
+) -> None:
+    engine = [
+        "--set",
+        "generator.kind=transformers",
+        "--set",
+        "generator.dtype=float32",
+        "--set",
+        "generator.max_tokens=6",
+    ]
+    ok("evaluate", recipe, "--model", run / "round-001" / "policy", "--out", tmp_path, *engine)
+    figures = json.loads((tmp_path / "eval.json").read_text())
+    assert figures["kl"] != 0
+    assert figures["entropy"] > 0
+
+
+def test_a_folder_with_the_work_of_other_inputs_is_refused(
+    run: Path, recipe: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    groups = ["--groups", str(run / "round-000" / "groups"), "--out", str(tmp_path / "judgements")]
+    assert main(["judge", str(recipe), *groups]) == 0
+    assert main(["judge", str(recipe), *groups]) == 0
+    assert main(["judge", str(recipe), *groups, "--set", "judge={kind: coin}"]) == 64
+    assert "judge: verifier" in capsys.readouterr().err
+
+
+def test_a_pairs_file_with_other_pairs_is_left_alone(run: Path, recipe: Path, tmp_path: Path) -> None:
+    first, out = run / "round-000", tmp_path / "p.jsonl"
+    arguments = ["pairs", str(recipe), "--groups", str(first / "groups"), "--out", str(out)]
+    arguments += ["--judgements", str(first / "judgements")]
+    assert main(arguments) == 0
+    before = out.read_bytes()
+    assert main(arguments) == 0
+    assert main([*arguments, "--set", "pairs.max_pairs_per_prompt=2"]) == 74
+    assert out.read_bytes() == before
+
+
+def test_judgements_of_other_prompts_are_refused(run: Path, recipe: Path, tmp_path: Path) -> None:
+    arguments = ["--groups", run / "round-000" / "groups", "--judgements", run / "round-001" / "judgements"]
+    assert main(["pairs", str(recipe), *map(str, arguments), "--out", str(tmp_path / "p.jsonl")]) == 65
+
+
+@pytest.mark.parametrize(
+    ("missing", "sections"),
+    [("--judgements", {}), ("--model", {"judge": {"kind": "llm"}})],
+)
+def test_an_input_that_a_stage_needs_is_asked_for(
+    missing: str, sections: dict[str, Any], run: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_recipe(tmp_path, tiny, **sections)
+    groups = ["--groups", str(run / "round-000" / "groups"), "--out", str(tmp_path / "out")]
+    assert main(["pairs" if missing == "--judgements" else "judge", str(path), *groups]) == 64
+    assert missing in capsys.readouterr().err
+
+
+def test_train_takes_any_preference_data(
+    recipe: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": f"Add {n}.", "chosen": f"It is {n}.", "rejected": "No."} for n in range(6)]
+    rows.append({"prompt": "Same?", "chosen": "Yes.", "rejected": "Yes."})
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ok("train", recipe, "--model", tiny, "--pairs", data, "--out", tmp_path / "out")
+    said = capsys.readouterr()
+    assert "6 pairs (0 over max_length left out), 2 steps, loss 0.6931" in said.out
+    assert "1 rows dropped: chosen equals rejected" in said.err
+    assert len(store.read_records(tmp_path / "out" / "pairs.jsonl", PreferencePair)) == 6
+    assert store.weights_digest(tmp_path / "out" / "policy") != store.weights_digest(tiny)
+
+
+def test_train_takes_another_reference(run: Path, recipe: Path, tiny: Path, tmp_path: Path) -> None:
+    policy, pairs = run / "round-000" / "policy", run / "round-001" / "pairs.jsonl"
+    ok("train", recipe, "--model", policy, "--pairs", pairs, "--reference", tiny, "--out", tmp_path, "--round", 1)
+    assert store.weights_digest(tmp_path / "policy") != store.weights_digest(run / "round-001" / "policy")
+
+
+def test_status_prints_json_of_every_policy_and_the_gain(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ok("status", run, "--json")
+    figures = json.loads(capsys.readouterr().out)
+    rows = [figures["initial"], *figures["rounds"]]
+    assert len(rows) == 3
+    for row in rows:
+        assert {
+            "heldout_score",
+            "heldout_interval",
+            "heldout_greedy",
+            "on_topic",
+            "mean_length",
+            "seconds",
+        } <= row.keys()
+    assert all("counts" in row for row in figures["rounds"])
+    low, high = figures["gain_interval"]
+    assert low <= figures["gain"] <= high
+
+
+def test_status_tells_of_a_round_that_is_not_finished(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    for name in ("round.json", "round.json.sha256", "eval.json", "eval.json.sha256"):
+        (copy / "round-001" / name).unlink()
+    ok("status", copy)
+    assert "round 1: not finished, trained so far" in capsys.readouterr().out
+
+
+def test_show_prints_completions_scores_and_pairs(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ok("show", run, "--round", 1, "--limit", 3)
+    text = capsys.readouterr().out
+    assert text.count("user: Tell me about thing") == 3
+    assert text.count("completion ") >= 12
+    assert "pair: chosen completion" in text
+
+
+def test_show_neutralises_terminal_escapes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompt = Prompt("p", (Message("user", "hi\x1b[2J"),), source="\x1b]0;x\x07rows")
+    groups = [Group(prompt, (1,), (Completion("ok\x1b[31m\x9b1m\x00", (2,)),))]
+    store.write_records(tmp_path / "round-000" / "groups" / "00000.jsonl", groups, Group)
+    judgements = [Judgement("p", (1.0,), ("\x1b[1mnote",))]
+    store.write_records(tmp_path / "round-000" / "judgements" / "00000.jsonl", judgements, Judgement)
+    ok("show", tmp_path, "--round", 0)
+    text = capsys.readouterr().out
+    assert "completion 0, score 1.000: ok" in text
+    assert not [char for char in text if ord(char) < 32 and char != "\n"]
+
+
+def test_a_round_that_is_not_there_is_an_error_that_lists_those_that_are(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["show", str(run), "--round", "5"]) == 65
+    assert "rounds here: 0, 1" in capsys.readouterr().err
+
+
+def test_a_dry_run_writes_nothing(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ok("iterate", recipe, "--out", tmp_path / "run", "--dry-run", "--set", "train.beta=0.3")
+    assert not (tmp_path / "run").exists()
+    text = capsys.readouterr().out
+    assert "beta 0.3" in text
+    assert "disk: about" in text
+
+
+def test_the_run_directory_is_named_after_the_recipe(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Path] = []
+
+    def stop(loaded: Any, out: Path, **options: Any) -> None:
+        seen.append(out)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("selfplay.rounds.iterate", stop)
+    assert main(["iterate", str(recipe)]) == 75
+    assert seen == [Path("runs/recipe")]
+
+
+def test_validate_lists_every_recipe_and_exits_with_the_first_fault(
+    recipe: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    no_data, no_check, misspelt = (tmp_path / name for name in ("no_data", "no_check", "misspelt"))
+    for folder in (no_data, no_check, misspelt):
+        folder.mkdir()
+    faults = [
+        write_recipe(no_data, tiny),
+        write_recipe(no_check, tiny, judge={"kind": "verifier", "checks": [{"kind": "word", "min": 1}]}),
+        write_recipe(misspelt, tiny, evaluate={"num_completion": 2}),
+    ]
+    (no_data / "prompts.jsonl").unlink()
+    assert main(["validate", *map(str, [recipe, *faults])]) == 65
+    said = capsys.readouterr()
+    assert said.out == f"{recipe}: ok\n"
+    for part in ("no such file", "the nearest is 'words'", 'did you mean "num_completions"?'):
+        assert part in said.err
+    assert main(["validate", str(faults[2]), str(faults[0])]) == 64
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"judge": None}, "reads scores"),
+        ({"model": "./none"}, "no such folder"),
+        ({"judge": {"kind": "python", "target": "my.py:f"}}, "judge.target"),
+        ({"judge": {"kind": "llm", "template": "no-such-template"}}, "no-such-template"),
+        ({"judge": {"kind": "llm", "model": "./none"}}, "judge.model"),
+        (
+            {"evaluate": {"judge": {"kind": "verifier", "checks": [{"kind": "json", "key": 1}]}}},
+            "evaluate.judge.checks",
+        ),
+        ({"prompts": {"source": "prompts.jsonl", "num_prompts": 8, "heldout": "held.jsonl"}}, "prompts.heldout"),
+    ],
+)
+def test_validate_finds_what_a_run_would_stumble_over(
+    sections: dict[str, Any], said: str, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["validate", str(write_recipe(tmp_path, tiny, **sections))]) in (64, 65)
+    assert said in capsys.readouterr().err
+
+
+def test_a_judge_program_runs_only_when_allowed(
+    run: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "my.py").write_text("def shorter(prompt, completion):\n    return -len(completion.text)\n")
+    path = write_recipe(tmp_path, tiny, judge={"kind": "python", "target": "my.py:shorter"})
+    arguments = ["judge", str(path), "--groups", str(run / "round-000" / "groups"), "--out", str(tmp_path / "j")]
+    assert main(arguments) == 77
+    assert main([*arguments, "--allow-code"]) == 0
+    assert "32 completions, mean score -" in capsys.readouterr().out
+
+
+def test_the_recipes_are_listed_and_a_copy_of_each_is_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ok("recipes")
+    listed = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+    assert "quickstart" in listed
+    ok("recipes", "copy", "quickstart", tmp_path)
+    ok("iterate", tmp_path / "quickstart.yaml", "--dry-run", "--set", "model=someone/some-model")
+    assert all(text.strip() for text in listed.values())
+
+
+def test_a_copy_overwrites_nothing(tmp_path: Path) -> None:
+    (tmp_path / "quickstart.yaml").write_text("mine")
+    assert main(["recipes", "copy", "quickstart", str(tmp_path)]) == 74
+    assert [path.name for path in tmp_path.iterdir()] == ["quickstart.yaml"]
+    assert (tmp_path / "quickstart.yaml").read_text() == "mine"
+    assert main(["recipes", "copy", "quikstart", str(tmp_path)]) == 64
+
+
+def test_import_gguf_names_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["import-gguf", str(tmp_path / "none.gguf"), str(tmp_path / "out")]) == 65
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    ok("--version")
+    assert capsys.readouterr().out.startswith("selfplay 0.")
+
+
+@pytest.mark.parametrize("arguments", [["iterate", "--nope"], ["nope"], ["iterate"], ["status", "a", "b"]])
+def test_wrong_usage_exits_with_64(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 64
+    assert "Usage" in capsys.readouterr().err
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> int:
+    """The exit code of a command that ends by `error`."""
+
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("selfplay.commands.show.status", fail)
+    return main(["status", "run"])
+
+
+def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert failing(monkeypatch, KeyboardInterrupt()) == 75
+    assert "The same command goes on" in capsys.readouterr().err
+
+
+def test_a_signal_to_terminate_stops_as_ctrl_c_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("selfplay.commands.show.status", lambda run: os.kill(os.getpid(), signal.SIGTERM))
+    assert main(["status", "run"]) == 75
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_disk_that_refuses_exits_with_74(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert failing(monkeypatch, PermissionError(13, "Permission denied", "/full")) == 74
+    assert capsys.readouterr().err.startswith("error: /full: Permission denied")
+
+
+def test_what_nobody_expected_is_a_traceback_and_70(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        failing(monkeypatch, ZeroDivisionError("oh"))
+    assert end.value.code == 70
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_an_error_message_carries_no_terminal_escapes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert failing(monkeypatch, cli.RecipeError("bad \x1b[31mkey")) == 64
+    assert capsys.readouterr().err == "error: bad key\n"
+
+
+def test_python_that_drops_assertions_is_refused() -> None:
+    done = process("-O", "-m", "selfplay", "--version")
+    assert done.returncode == 64
+    assert done.stderr.startswith("error: Python runs with -O")
+
+
+def test_help_and_validate_load_no_torch(recipe: Path) -> None:
+    code = (
+        "import sys; from selfplay.cli import main; main(['--help']); main(['iterate', '--help']); "
+        f"code = main(['validate', {str(recipe)!r}]); "
+        "sys.exit(code or 'torch' in sys.modules or 'transformers' in sys.modules)"
+    )
+    done = process("-c", code)
+    assert done.returncode == 0, done.stderr
+    assert "ok" in done.stdout

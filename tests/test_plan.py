@@ -1,0 +1,140 @@
+"""The dry run: what it says is what a run does, and nothing heavy is loaded for it."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from tiny import make_tiny_model
+
+from selfplay.errors import DataError, RecipeError
+from selfplay.plan import Plan, make_plan, num_parameters, print_plan
+from selfplay.recipe_file import check_recipe
+
+
+def recipe_of(folder: Path, model: Path, **sections: Any) -> Any:
+    rows = [{"prompt": f"Name thing {n}."} for n in range(20)]
+    (folder / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data: dict[str, Any] = {
+        "model": str(model),
+        "rounds": 2,
+        "prompts": {"source": str(folder / "p.jsonl"), "num_prompts": [6, 4], "heldout": 0.2},
+        "generator": {"kind": "scripted", "num_completions": [4, 2], "max_tokens": 10},
+        "judge": {"kind": "coin"},
+        "train": {"learning_rate": [1e-5, 2e-6], "batch_size": 4, "num_train_epochs": [2, 1]},
+        "evaluate": {"num_completions": 3},
+    }
+    for name, keys in sections.items():
+        data[name] = {**data[name], **keys} if isinstance(keys, dict) else keys
+    return check_recipe(data, "test")
+
+
+def printed(plan: Plan) -> str:
+    stream = io.StringIO()
+    print_plan(plan, Console(file=stream, width=110))
+    return stream.getvalue()
+
+
+def test_parameters_are_counted_from_the_headers(tiny: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    assert num_parameters(tiny) == sum(p.numel() for p in model.parameters())
+
+
+def test_each_round_has_its_own_values_and_follows_the_one_before(tiny: Path, tmp_path: Path) -> None:
+    first, second = make_plan(recipe_of(tmp_path, tiny), tmp_path / "run").rounds
+    assert (first.init, second.init) == (str(tiny), "the policy of round 0")
+    assert (first.reference, second.reference) == (str(tiny), "the policy of round 0")
+    assert (first.settings.learning_rate, second.settings.learning_rate) == (1e-5, 2e-6)
+    assert (first.first_prompt, second.first_prompt) == (1, 7)
+    assert (first.tokens, second.tokens) == (6 * 4 * 10, 4 * 2 * 10)
+    # at most a pair a prompt, in steps of 4 pairs
+    assert (first.max_steps, second.max_steps) == (4, 1)
+
+
+def test_an_initial_reference_stays_the_model(tiny: Path, tmp_path: Path) -> None:
+    rounds = make_plan(recipe_of(tmp_path, tiny, train={"reference": "initial"}), tmp_path / "run").rounds
+    assert [r.reference for r in rounds] == [str(tiny)] * 2
+
+
+def test_the_panels_of_all_policies_are_counted(tiny: Path, tmp_path: Path) -> None:
+    plan = make_plan(recipe_of(tmp_path, tiny, evaluate={"num_completions_between": 1}), tmp_path / "run")
+    # 4 held-out prompts; 3 completions for the first and the last policy, 1 between, a greedy one each
+    assert plan.panel_completions == 4 * (3 + 3 + 1 + 3)
+
+
+def test_disk_counts_a_policy_a_round_and_halves_in_bfloat16(tiny: Path, tmp_path: Path) -> None:
+    whole = make_plan(recipe_of(tmp_path, tiny), tmp_path / "run")
+    half = make_plan(recipe_of(tmp_path, tiny, train={"save_dtype": "bfloat16"}), tmp_path / "run")
+    carried = make_plan(recipe_of(tmp_path, tiny, train={"optimizer_state": "carried"}), tmp_path / "run")
+    parameters = num_parameters(tiny)
+    assert whole.bytes_needed is not None
+    assert half.bytes_needed is not None
+    assert carried.bytes_needed is not None
+    assert whole.bytes_needed - half.bytes_needed == 2 * 2 * parameters
+    assert carried.bytes_needed - whole.bytes_needed == 2 * 8 * parameters
+    assert whole.bytes_needed > 2 * 4 * parameters
+
+
+def test_rounds_that_are_there_need_no_more_disk(tiny: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, tiny)
+    before = make_plan(recipe, tmp_path / "run").bytes_needed
+    (tmp_path / "run" / "round-000" / "policy").mkdir(parents=True)
+    after = make_plan(recipe, tmp_path / "run").bytes_needed
+    assert before is not None
+    assert after is not None
+    assert before - after >= 4 * num_parameters(tiny)
+
+
+def test_too_little_disk_is_a_warning(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = recipe_of(tmp_path, tiny)
+    assert "warning" not in printed(make_plan(recipe, tmp_path / "run"))
+    monkeypatch.setattr("selfplay.plan._bytes_free", lambda out: 1000)
+    assert "warning: the disk has too little room" in printed(make_plan(recipe, tmp_path / "run"))
+
+
+def test_the_plan_shows_recipe_rounds_and_work(tiny: Path, tmp_path: Path) -> None:
+    text = printed(make_plan(recipe_of(tmp_path, tiny), tmp_path / "run"))
+    for part in ("kind: scripted", "16 for training, 4 held out", "prompts 7 to 10", "learning_rate 2e-06", "beta 0.1"):
+        assert part in text
+
+
+def test_a_pool_that_runs_out_is_found_before_any_work(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="round 1 needs prompts 7 to 26"):
+        make_plan(recipe_of(tmp_path, tiny, prompts={"num_prompts": [6, 20]}), tmp_path / "run")
+
+
+def test_a_model_that_is_not_there_or_cut_short_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such folder"):
+        make_plan(recipe_of(tmp_path, tmp_path / "none"), tmp_path / "run")
+    model = make_tiny_model(tmp_path / "model")
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(DataError, match=r"model\.safetensors"):
+        make_plan(recipe_of(tmp_path, model), tmp_path / "run")
+
+
+def test_a_hub_id_that_is_not_here_leaves_the_disk_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    plan = make_plan(recipe_of(tmp_path, Path("someone/some-model")), tmp_path / "run")
+    assert plan.bytes_needed is None
+    assert "disk: unknown, for someone/some-model is not on this machine" in printed(plan)
+
+
+def test_planning_loads_no_torch(tiny: Path, tmp_path: Path) -> None:
+    recipe_of(tmp_path, tiny)
+    lines = [
+        "import sys, pathlib",
+        "from selfplay.recipe_file import check_recipe",
+        "from selfplay.plan import make_plan",
+        f"recipe = check_recipe({{'model': {str(tiny)!r}, 'judge': {{'kind': 'coin'}},"
+        f" 'prompts': {{'source': {str(tmp_path / 'p.jsonl')!r}, 'deal': 'same'}}}}, 'x')",
+        f"make_plan(recipe, pathlib.Path({str(tmp_path / 'run')!r}))",
+        "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)",
+    ]
+    assert subprocess.run([sys.executable, "-c", "\n".join(lines)], check=False).returncode == 0

@@ -1,0 +1,251 @@
+"""Files are whole or absent, damage is found, and one process works on a run."""
+
+import errno
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from selfplay import store
+from selfplay.errors import LockedError, StorageError
+from selfplay.types import Completion, Drop, Group, Judgement, Message, PreferencePair, Prompt
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]))
+MESSAGES = st.lists(st.builds(Message, st.sampled_from(["user", "assistant", "system"]), TEXT), max_size=3).map(tuple)
+IDS = st.lists(st.integers(0, 200_000), max_size=4).map(tuple)
+NUMBER = st.floats(allow_nan=False, allow_infinity=False)
+JSON = st.dictionaries(TEXT, st.one_of(TEXT, st.integers(-(2**53), 2**53), st.booleans(), st.none()), max_size=2)
+PROMPTS = st.builds(
+    Prompt, TEXT, MESSAGES, st.none() | st.tuples(JSON), st.none() | TEXT, st.lists(JSON, max_size=2).map(tuple), TEXT, JSON
+)
+COMPLETIONS = st.builds(
+    Completion,
+    TEXT,
+    IDS,
+    st.lists(NUMBER, max_size=3).map(tuple),
+    st.sampled_from(["stop", "length", "gold"]),
+    st.none() | TEXT | st.integers(0, 9),
+    st.none() | TEXT,
+)
+RECORDS: dict[type[Any], st.SearchStrategy[Any]] = {
+    Prompt: PROMPTS,
+    Group: st.builds(Group, PROMPTS, IDS, st.lists(COMPLETIONS, max_size=2).map(tuple), st.none() | COMPLETIONS),
+    Judgement: st.builds(
+        Judgement, TEXT, st.lists(st.none() | NUMBER, max_size=3).map(tuple), st.lists(TEXT, max_size=2).map(tuple)
+    ),
+    PreferencePair: st.builds(
+        PreferencePair,
+        TEXT,
+        MESSAGES,
+        MESSAGES,
+        MESSAGES,
+        IDS,
+        IDS,
+        IDS,
+        st.none() | st.integers(0, 9),
+        st.none() | st.integers(0, 9),
+        st.none() | NUMBER,
+        st.none() | NUMBER,
+    ),
+    Drop: st.builds(Drop, TEXT, TEXT),
+}
+WEIRD = "line\u2028para\u2029\x00nul \u202eright to left\r\n\ufeff {{x}} \U0001f600"
+DROP = Drop("a", WEIRD)
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing catches it."""
+
+
+@given(st.data(), st.sampled_from(sorted(RECORDS, key=str)))
+def test_records_come_back_as_they_were(tmp_path_factory: pytest.TempPathFactory, data: Any, kind: type[Any]) -> None:
+    records = data.draw(st.lists(RECORDS[kind], max_size=3))
+    path = tmp_path_factory.getbasetemp() / "records.jsonl"
+    store.write_records(path, records, kind)
+    assert store.read_records(path, kind) == records
+    assert path.read_bytes().count(b"\n") == len(records)
+
+
+def test_a_digest_stands_beside_each_file_in_the_form_of_sha256sum(tmp_path: Path) -> None:
+    store.write_json(tmp_path / "x.json", {"a": WEIRD})
+    done = subprocess.run(["sha256sum", "-c", "x.json.sha256"], cwd=tmp_path, capture_output=True, check=False)
+    assert done.returncode == 0
+    assert store.read_json(tmp_path / "x.json") == {"a": WEIRD}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.json", "x.json.sha256"]
+
+
+def write_tensors(path: Path) -> None:
+    import torch
+
+    from selfplay.train.reference import ReferenceLogps
+
+    ReferenceLogps(torch.arange(3.0), torch.arange(3.0)).save(path)
+
+
+def read_tensors(path: Path) -> object:
+    from selfplay.train.reference import ReferenceLogps
+
+    return ReferenceLogps.load(path)
+
+
+KINDS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object]]] = {
+    "records": (lambda p: store.write_records(p, [DROP], Drop), lambda p: store.read_records(p, Drop)),
+    "json": (lambda p: store.write_json(p, {"a": 1}), store.read_json),
+    "json lines": (lambda p: store.write_json_lines(p, [{"a": 1}]), store.read_json_lines),
+    "bytes": (lambda p: store.write_bytes(p, b"abc"), store.read_bytes),
+    "tensors": (write_tensors, read_tensors),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_flipped_bit_anywhere_is_found(kind: str, tmp_path: Path) -> None:
+    write, read = KINDS[kind]
+    path = tmp_path / "file"
+    write(path)
+    read(path)
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << place % 8)]) + whole[place + 1 :])
+        with pytest.raises(StorageError, match="damaged"):
+            read(path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_cut_at_any_byte_is_found(kind: str, tmp_path: Path) -> None:
+    write, read = KINDS[kind]
+    path = tmp_path / "file"
+    write(path)
+    whole = path.read_bytes()
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(StorageError, match="damaged"):
+            read(path)
+
+
+def test_a_folder_is_checked_file_by_file(tmp_path: Path) -> None:
+    def write(folder: Path) -> None:
+        (folder / "deep").mkdir()
+        (folder / "deep" / "b").write_bytes(b"22")
+        (folder / "a").write_bytes(b"1")
+
+    store.write_folder(tmp_path / "policy", write)
+    store.check_folder(tmp_path / "policy")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["policy"]
+    (tmp_path / "policy" / "deep" / "b").write_bytes(b"23")
+    with pytest.raises(StorageError, match=r"deep/b: damaged or missing"):
+        store.check_folder(tmp_path / "policy")
+    (tmp_path / "policy" / "deep" / "b").unlink()
+    with pytest.raises(StorageError, match="deep/b"):
+        store.check_folder(tmp_path / "policy")
+
+
+def test_a_folder_whose_writing_stops_is_not_there_and_its_remains_do_not_stay(tmp_path: Path) -> None:
+    def half(folder: Path) -> None:
+        (folder / "a").write_bytes(b"1")
+        raise Killed
+
+    with pytest.raises(Killed):
+        store.write_folder(tmp_path / "policy", half)
+    assert not (tmp_path / "policy").exists()
+    store.write_folder(tmp_path / "policy", lambda folder: (folder / "b").write_bytes(b"2"))
+    assert sorted(p.name for p in (tmp_path / "policy").iterdir()) == ["SHA256SUMS", "b"]
+
+
+def test_a_line_that_is_no_record_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "drops.jsonl"
+    path.write_text('{"id": "a", "reason": "b"}\n{"id": "a"}\n')
+    with pytest.raises(StorageError, match=r"drops\.jsonl:2: not a Drop: reason"):
+        store.read_records(path, Drop)
+    path.write_text("{nonsense\n")
+    with pytest.raises(StorageError, match=r"drops\.jsonl:1: not a Drop"):
+        store.read_records(path, Drop)
+
+
+def test_a_full_disk_leaves_nothing_and_says_so(tmp_path: Path) -> None:
+    def full(path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for write in (store.write_file, store.write_folder):
+        with pytest.raises(StorageError, match=r"No space left.*same command"):
+            write(tmp_path / "x", full if write is store.write_file else lambda f: full(f / "a"))
+        assert not (tmp_path / "x").exists()
+    store.write_bytes(tmp_path / "x", b"new")
+    assert store.read_bytes(tmp_path / "x") == b"new"
+
+
+def test_a_place_that_can_not_be_written_or_read_is_a_storage_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="can't be written"):
+        store.write_bytes(tmp_path / "file" / "below", b"")
+    with pytest.raises(StorageError, match="can't be written"):
+        store.write_folder(tmp_path / "file" / "below", lambda folder: None)
+    with pytest.raises(StorageError, match="can't be read"):
+        store.read_bytes(tmp_path / "none")
+
+
+@pytest.mark.parametrize("before", [None, b"old"])
+@pytest.mark.parametrize("last", [1, 2])
+def test_a_kill_at_any_rename_leaves_a_whole_file_or_none(
+    before: bytes | None, last: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "seconds.json"
+    if before is not None:
+        store.write_bytes(path, before)
+    replace, calls = Path.replace, 0
+
+    def killed(self: Path, target: Path) -> Path:
+        nonlocal calls
+        calls += 1
+        if calls == last:
+            raise Killed
+        return replace(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        with pytest.raises(Killed):
+            store.write_bytes(path, b"new")
+    assert path.exists() == (before is not None)
+    if before is not None:
+        assert store.read_bytes(path) in (b"old", b"new")
+    store.write_bytes(path, b"newer")
+    assert store.read_bytes(path) == b"newer"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_second_process_is_refused_with_the_first_ones_number(tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom selfplay.store import locked\n"
+        "with locked(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()\n"
+    )
+    run = tmp_path / "run"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(run)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(LockedError, match=rf"process {holder.pid} works on this run"), store.locked(run):
+            pass
+        holder.communicate()
+    with store.locked(run):
+        assert (run / ".lock").read_text() == str(os.getpid())
+        with pytest.raises(LockedError, match=str(os.getpid())), store.locked(run):
+            pass
+    with store.locked(run):
+        pass
+
+
+def test_weights_are_known_by_their_bytes_not_by_their_place(tmp_path: Path) -> None:
+    for name, data in (("a", b"1"), ("b", b"1"), ("c", b"2")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(data)
+    one, same, other = (store.weights_digest(tmp_path / name) for name in "abc")
+    assert one == same != other
+    with pytest.raises(StorageError, match="no .safetensors"):
+        store.weights_digest(tmp_path)
