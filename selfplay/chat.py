@@ -13,8 +13,8 @@ from typing import Any, cast
 from selfplay.errors import DataError
 from selfplay.types import Completion, FinishReason, Message, Prompt
 
-# Private-use characters: they stand in for the spelling of a special token while the template renders.
-_MARK = "\ue000\ue001{}\ue001\ue000"
+# Private-use characters: OPEN, a number and CLOSE stand in for a special token's spelling while the template renders.
+_OPEN, _CLOSE = "\ue000", "\ue001"
 
 
 class Chat:
@@ -118,19 +118,19 @@ class Chat:
         if not spelled:
             text = self.render(messages, tools=tools, add_generation_prompt=add_generation_prompt)
             return self._encode(text)
+        start = _OPEN
+        while any(start in m.content for m in messages):  # a message may hold these characters itself
+            start += _OPEN
         hidden = []
         for message in messages:
             content = message.content
             for index, special in enumerate(spelled):
-                content = content.replace(special, _MARK.format(index))
+                content = content.replace(special, f"{start}{index}{_CLOSE}")
             hidden.append(Message(message.role, content))
         text = self.render(hidden, tools=tools, add_generation_prompt=add_generation_prompt)
-        marks = "|".join(_MARK.format(f"(?:{index})") for index in range(len(spelled)))
         ids: list[int] = []
-        for part in re.split(f"({marks})", text):
-            number = part.strip("\ue000\ue001")
-            is_mark = part.startswith("\ue000\ue001") and number.isdigit()
-            ids += self._encode(spelled[int(number)], as_text=True) if is_mark else self._encode(part)
+        for place, part in enumerate(re.split(f"{start}([0-9]+){_CLOSE}", text)):  # odd places are the numbers
+            ids += self._encode(spelled[int(part)], as_text=True) if place % 2 else self._encode(part)
         return tuple(ids)
 
     def _encode(self, text: str, *, as_text: bool = False) -> tuple[int, ...]:

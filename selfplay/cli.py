@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from io import TextIOWrapper
 from types import FrameType, TracebackType
 from typing import Annotated, Any, NoReturn
 
@@ -77,6 +78,9 @@ def _options(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code. An error of ours is one message on stderr, any other a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a terminal that can't spell a completion shows "?" in its place
+            stream.reconfigure(errors="replace")
     with _Crash(), _terminable():
         try:
             if not __debug__:

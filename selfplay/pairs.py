@@ -7,11 +7,12 @@ without a verdict never enters a scored pair.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from selfplay.errors import DataError, SelfplayError
 from selfplay.protocols import PairSelector
 from selfplay.recipe import PairsRecipe, at_round
-from selfplay.types import Completion, Drop, Group, Judgement, Message, PreferencePair
+from selfplay.types import Completion, Drop, Group, Judgement, Message, PreferencePair, derive_seed
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,19 +25,27 @@ class Selection:
 
 
 def unusable_reason(group: Group, index: int, judgement: Judgement | None) -> str | None:
-    """Why completion `index` may not enter a pair; None where it may."""
+    """Why completion `index` may not enter a pair; None where it may. Of equal texts the lowest-scored one may."""
     completion = group.completions[index]
+    scores = judgement.scores if judgement is not None else (0.0,) * len(group.completions)
+    reason = _own_reason(completion, scores[index])
+    if reason is not None:
+        return reason
+    if judgement is None and group.gold is not None:
+        if not group.gold.text.strip():
+            return "empty gold answer"
+        if completion.text == group.gold.text.strip():
+            return "equal to gold"
+    twins = [i for i, c in enumerate(group.completions) if c.text == completion.text and not _own_reason(c, scores[i])]
+    return None if min(twins, key=lambda i: (scores[i] or 0.0, i)) == index else "equal to another"
+
+
+def _own_reason(completion: Completion, score: float | None) -> str | None:
     if completion.finish_reason == "length":
         return "truncated"
     if not completion.text:
         return "empty"
-    if any(other.text == completion.text for other in group.completions[:index]):
-        return "equal to another"
-    if judgement is not None and judgement.scores[index] is None:
-        return "no verdict"
-    if judgement is None and group.gold is not None and completion.text == group.gold.text.strip():
-        return "equal to gold"
-    return None
+    return "no verdict" if score is None else None
 
 
 def usable(group: Group, judgement: Judgement | None) -> list[int]:
@@ -50,23 +59,32 @@ class BestVsWorst:
 
     Where several completions share the best or the worst score, each is used once, and those closest in length are paired
     first, so that a pair teaches as little as it can about length.
+
+    With `truncated="rejected"` truncated completions may be rejected. Then the worst ones are taken in an order drawn by a
+    hash, so that truncated ones are met as often as they occur, each with the best one that is closest in length.
     """
 
     min_margin: float = 0.0
     max_pairs_per_prompt: int = 1
+    truncated: Literal["drop", "rejected"] = "drop"
 
     def select(self, group: Group, judgement: Judgement | None) -> list[PreferencePair]:
         """At most max_pairs_per_prompt pairs of one group."""
         assert judgement is not None, "the recipe guarantees a judge"
-        score = {i: s for i in usable(group, judgement) if (s := judgement.scores[i]) is not None}
-        if not score:
+        chosen = {i: s for i in usable(group, judgement) if (s := judgement.scores[i]) is not None}
+        rejected = dict(chosen)
+        if self.truncated == "rejected":
+            cut = [i for i, c in enumerate(group.completions) if c.finish_reason == "length" and c.text]
+            rejected |= {i: s for i in cut if (s := judgement.scores[i]) is not None}
+        if not chosen:
             return []
-        best, worst = max(score.values()), min(score.values())
-        if best == worst or best - worst < self.min_margin:
+        best, worst = max(chosen.values()), min(rejected.values())
+        if best <= worst or best - worst < self.min_margin:
             return []
-        length = {i: len(group.completions[i].token_ids) for i in score}
-        edges = [(c, r) for c in score for r in score if score[c] == best and score[r] == worst]
-        edges.sort(key=lambda edge: (abs(length[edge[0]] - length[edge[1]]), edge))
+        text = [c.text for c in group.completions]
+        ends = [c for c in chosen if chosen[c] == best], [r for r in rejected if rejected[r] == worst]
+        edges = [(c, r) for c in ends[0] for r in ends[1] if text[c] != text[r]]
+        edges.sort(key=lambda edge: self._order(group, *edge))
         pairs: list[PreferencePair] = []
         used: set[int] = set()
         for c, r in edges:
@@ -74,6 +92,12 @@ class BestVsWorst:
                 used |= {c, r}
                 pairs.append(make_pair(group, chosen=c, rejected=r, judgement=judgement))
         return pairs
+
+    def _order(self, group: Group, chosen: int, rejected: int) -> tuple[int, ...]:
+        gap = abs(len(group.completions[chosen].token_ids) - len(group.completions[rejected].token_ids))
+        if self.truncated == "rejected":
+            return (derive_seed(group.prompt.id, "rejected", rejected), gap, chosen, rejected)
+        return (gap, chosen, rejected)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +122,7 @@ def make_selector(recipe: PairsRecipe, round: int) -> PairSelector:
     most = at_round(recipe.max_pairs_per_prompt, round)
     if recipe.kind == "gold_vs_completion":
         return GoldVsCompletion(most)
-    return BestVsWorst(at_round(recipe.min_margin, round), most)
+    return BestVsWorst(at_round(recipe.min_margin, round), most, recipe.truncated)
 
 
 def make_pair(group: Group, *, chosen: int | None, rejected: int | None, judgement: Judgement | None) -> PreferencePair:
@@ -145,8 +169,9 @@ def select_pairs(
         judgement = judgements[n] if judgements is not None else None
         assert judgement is None or judgement.prompt_id == group.prompt.id
         reasons = [unusable_reason(group, i, judgement) for i in range(len(group.completions))]
-        unusable.update(reason for reason in reasons if reason is not None)
         found = [_checked(pair, group) for pair in selector.select(group, judgement)]
+        used = {i for pair in found for i in (pair.chosen_index, pair.rejected_index)}
+        unusable.update(reason for i, reason in enumerate(reasons) if reason is not None and i not in used)
         pairs += [replace(pair, origin_round=round, judge=judge) for pair in found]
         if not found:
             drops.append(Drop(group.prompt.id, _why_none(reasons, judgement)))

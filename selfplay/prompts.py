@@ -164,29 +164,48 @@ def _form(row: Mapping[str, Any], recipe: PromptsRecipe, source: str) -> str:
 
 
 def _prompt(row: Mapping[str, Any], form: str, recipe: PromptsRecipe, where: str) -> Prompt | Drop:
+    if recipe.gold_column is not None and recipe.gold_column not in row:
+        raise DataError(f"{where}: no column {recipe.gold_column!r} (prompts.gold_column)")
     try:
         messages, gold = _messages_and_gold(row, form, recipe)
+        gold = _gold(gold if recipe.gold_column is None else row[recipe.gold_column])
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{where}: this row does not fit the form {form!r} of the first row ({error!r})") from error
-    if recipe.gold_column is not None:
-        if recipe.gold_column not in row:
-            raise DataError(f"{where}: no column {recipe.gold_column!r} (prompts.gold_column)")
-        gold = row[recipe.gold_column]
     if recipe.system_prompt is not None and messages and messages[0].role != "system":
         messages = (Message("system", recipe.system_prompt), *messages)
     if not any(m.content.strip() for m in messages if m.role == "user"):
         return Drop(where, "empty prompt")
-    try:
-        "".join(m.content for m in messages).encode()
-    except UnicodeEncodeError:
-        return Drop(where, "lone surrogate in the text")
     tools = tuple(row["tools"]) if row.get("tools") else None
-    checks = row.get(recipe.checks_column) or ()
-    if isinstance(checks, str):  # columns of mixed objects travel as JSON text in Parquet and CSV
-        checks = json.loads(checks)
     used = {"prompt", "messages", "conversations", "instruction", "input", "output", "tools", recipe.checks_column}
     meta = {k: v for k, v in row.items() if k not in used and isinstance(v, str | int | float | bool)}
-    return Prompt(prompt_id(messages, tools), messages, tools, gold, tuple(checks), where, meta)
+    checks = _checks(row.get(recipe.checks_column), recipe.checks_column, where)
+    try:
+        texts = [[m.content for m in messages], gold, tools, checks, meta]
+        json.dumps(texts, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        return Drop(where, "lone surrogate in the text")
+    return Prompt(prompt_id(messages, tools), messages, tools, gold, checks, where, meta)
+
+
+def _checks(value: Any, column: str, where: str) -> tuple[dict[str, Any], ...]:
+    try:  # columns of mixed objects travel as JSON text in Parquet and CSV
+        checks = (json.loads(value) if isinstance(value, str) else value) or []
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: {column}: not JSON ({error.msg})") from error
+    if not isinstance(checks, list) or not all(isinstance(check, dict) for check in checks):
+        raise DataError(f"{where}: {column}: expected a list of checks, each a mapping, found {str(value)[:80]}")
+    return tuple(checks)
+
+
+def _text(value: Any) -> str:
+    """A cell as text; empty cells of tables are None."""
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"expected text, found {str(value)[:80]}")
+    return value or ""
+
+
+def _gold(value: Any) -> str | None:
+    return str(value) if isinstance(value, int | float) else None if value is None else _text(value)
 
 
 def _messages_and_gold(
@@ -194,14 +213,16 @@ def _messages_and_gold(
 ) -> tuple[tuple[Message, ...], str | None]:
     if form == "prompt":
         gold = row.get("completion", row.get("gold"))
-        return (Message("user", row[recipe.prompt_column or "prompt"]),), gold if isinstance(gold, str) else None
+        return (Message("user", _text(row[recipe.prompt_column or "prompt"])),), gold if isinstance(gold, str) else None
     if form == "instruction":
         given = f"\n\n{row['input']}" if row.get("input") else ""
-        return (Message("user", row["instruction"] + given),), row.get("output")
+        return (Message("user", _text(row["instruction"]) + given),), row.get("output")
     if form == "conversations":
-        turns = [Message(ROLES[turn["from"]], turn["value"]) for turn in row["conversations"]]
+        turns = [Message(ROLES[turn["from"]], _text(turn["value"])) for turn in row["conversations"]]
     else:
-        turns = [Message(turn["role"], turn["content"]) for turn in row[recipe.prompt_column or _list_column(row)]]
+        turns = [
+            Message(turn["role"], _text(turn["content"])) for turn in row[recipe.prompt_column or _list_column(row)]
+        ]
     return split_turns(turns, recipe.turns)
 
 

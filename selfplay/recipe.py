@@ -140,9 +140,14 @@ JudgeRecipe = Annotated[
 
 
 class PairsRecipe(Section):
+    """Which completions become pairs. `truncated: rejected` lets a completion that max_tokens cut be rejected (never chosen):
+    without it nothing teaches the policy to end in time, and its completions grow from round to round.
+    """
+
     kind: Literal["best_vs_worst", "gold_vs_completion"] = "best_vs_worst"
     min_margin: PerRound[NonNegativeFloat] = 0.0
     max_pairs_per_prompt: PerRound[PositiveInt] = 1
+    truncated: Literal["drop", "rejected"] = "drop"
     max_unparsed: Annotated[float, Field(ge=0, le=1)] = 0.05
 
 

@@ -4,12 +4,15 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from selfplay import store
 from selfplay.recipe import TrainRecipe
-from selfplay.store import write_records
 from selfplay.train.settings import TrainJob, TrainSettings, settings_at
 from selfplay.types import Message, PreferencePair
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Tokens = tuple[int, ...]
 
@@ -58,6 +61,26 @@ def job_of(
     folder: Path, model: Path, pairs: Sequence[PreferencePair], *, job: dict[str, Any] | None = None, **changes: Any
 ) -> TrainJob:
     """A training job over `pairs` in `folder`; `job` sets fields of TrainJob, the rest are settings."""
-    write_records(folder / "pairs.jsonl", pairs, PreferencePair)
+    store.write_records(folder / "pairs.jsonl", pairs, PreferencePair)
     made = TrainJob(str(model), str(folder / "pairs.jsonl"), str(folder / "out"), settings(**changes), seed=0)
     return replace(made, **(job or {}))
+
+
+def train(folder: Path, model: Path, pairs: Sequence[PreferencePair], **changes: Any) -> list[dict[str, Any]]:
+    """Runs `job_of` and returns its steps."""
+    from selfplay.train.loop import run_training
+
+    run_training(job_of(folder, model, pairs, **changes))
+    return steps(folder)
+
+
+def steps(folder: Path) -> list[dict[str, Any]]:
+    """The lines of steps.jsonl of a job in `folder`."""
+    return store.read_json_lines(folder / "out" / "train" / "steps.jsonl")
+
+
+def weights(model: Path) -> dict[str, "Tensor"]:
+    """The tensors of a model folder."""
+    from safetensors.torch import load_file
+
+    return load_file(model / "model.safetensors")

@@ -10,31 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+from scripted_run import ok, write_recipe
 
 from selfplay import cli, store
 from selfplay.cli import main
-from selfplay.types import Completion, Group, Judgement, Message, PreferencePair, Prompt
-
-JUDGED = {"kind": "verifier", "checks": [{"kind": "words", "min": 9}, {"kind": "contains", "any": ["moon", "sky"]}]}
-
-
-def write_recipe(folder: Path, model: Path, /, **sections: Any) -> Path:
-    """A recipe in `folder` and its prompts: 8 a round, 8 held out."""
-    rows = [{"prompt": f"Tell me about thing {n}."} for n in range(32)]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data: dict[str, Any] = {
-        "model": str(model),
-        "rounds": 2,
-        "prompts": {"source": "prompts.jsonl", "num_prompts": 8, "heldout": 0.25},
-        "generator": {"kind": "scripted", "max_tokens": 100},
-        "judge": JUDGED,
-        "train": {"learning_rate": [1e-3, 1e-4], "batch_size": 4, "bf16": False},
-        "evaluate": {"num_completions": 2},
-    }
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump({**data, **sections}))
-    return path
+from selfplay.types import Completion, Group, Judgement, Message, Prompt
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +28,6 @@ def run(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "run"
     assert main(["iterate", str(recipe), "--out", str(folder)]) == 0
     return folder
-
-
-def ok(*arguments: object) -> None:
-    assert main([str(argument) for argument in arguments]) == 0
 
 
 def process(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -75,128 +51,6 @@ def test_a_finished_run_is_left_as_it_is(run: Path, recipe: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
     ok("iterate", recipe, "--out", run)
     assert {path: path.stat().st_mtime_ns for path in before} == before
-
-
-def test_the_stages_one_by_one_write_the_bytes_of_a_round(run: Path, recipe: Path, tiny: Path, tmp_path: Path) -> None:
-    groups, judgements, pairs = tmp_path / "groups", tmp_path / "judgements", tmp_path / "pairs.jsonl"
-    ok("generate", recipe, "--model", tiny, "--out", groups)
-    ok("judge", recipe, "--groups", groups, "--out", judgements)
-    ok("pairs", recipe, "--groups", groups, "--judgements", judgements, "--out", pairs)
-    ok("train", recipe, "--model", tiny, "--pairs", pairs, "--out", tmp_path / "train")
-    first = run / "round-000"
-    for ours, theirs in ((groups, first / "groups"), (judgements, first / "judgements")):
-        assert (ours / "00000.jsonl").read_bytes() == (theirs / "00000.jsonl").read_bytes()
-    assert pairs.read_bytes() == (first / "pairs.jsonl").read_bytes()
-    assert store.weights_digest(tmp_path / "train" / "policy") == store.weights_digest(first / "policy")
-
-
-def test_the_stages_of_a_later_round_take_its_prompts_seeds_and_settings(
-    run: Path, recipe: Path, tmp_path: Path
-) -> None:
-    groups, policy = tmp_path / "groups", run / "round-000" / "policy"
-    ok("generate", recipe, "--model", policy, "--out", groups, "--round", 1)
-    second = run / "round-001"
-    assert (groups / "00000.jsonl").read_bytes() == (second / "groups" / "00000.jsonl").read_bytes()
-    pairs = second / "pairs.jsonl"
-    ok("train", recipe, "--model", policy, "--pairs", pairs, "--out", tmp_path / "train", "--round", 1)
-    assert store.weights_digest(tmp_path / "train" / "policy") == store.weights_digest(second / "policy")
-
-
-def test_pairs_of_an_old_run_are_made_again_from_its_own_judgements(run: Path, recipe: Path, tmp_path: Path) -> None:
-    first = run / "round-000"
-    ok(
-        "pairs",
-        recipe,
-        "--groups",
-        first / "groups",
-        "--judgements",
-        first / "judgements",
-        "--out",
-        tmp_path / "p.jsonl",
-    )
-    assert (tmp_path / "p.jsonl").read_bytes() == (first / "pairs.jsonl").read_bytes()
-
-
-def test_a_panel_alone_is_the_run_s_own(run: Path, recipe: Path, tiny: Path, tmp_path: Path) -> None:
-    ok("evaluate", recipe, "--model", tiny, "--out", tmp_path)
-    assert (tmp_path / "eval.json").read_bytes() == (run / "initial" / "eval.json").read_bytes()
-
-
-def test_a_panel_alone_measures_how_far_a_policy_is_from_the_recipe_s_model(
-    run: Path, recipe: Path, tmp_path: Path
-) -> None:
-    engine = [
-        "--set",
-        "generator.kind=transformers",
-        "--set",
-        "generator.dtype=float32",
-        "--set",
-        "generator.max_tokens=6",
-    ]
-    ok("evaluate", recipe, "--model", run / "round-001" / "policy", "--out", tmp_path, *engine)
-    figures = json.loads((tmp_path / "eval.json").read_text())
-    assert figures["kl"] != 0
-    assert figures["entropy"] > 0
-
-
-def test_a_folder_with_the_work_of_other_inputs_is_refused(
-    run: Path, recipe: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    groups = ["--groups", str(run / "round-000" / "groups"), "--out", str(tmp_path / "judgements")]
-    assert main(["judge", str(recipe), *groups]) == 0
-    assert main(["judge", str(recipe), *groups]) == 0
-    assert main(["judge", str(recipe), *groups, "--set", "judge={kind: coin}"]) == 64
-    assert "judge: verifier" in capsys.readouterr().err
-
-
-def test_a_pairs_file_with_other_pairs_is_left_alone(run: Path, recipe: Path, tmp_path: Path) -> None:
-    first, out = run / "round-000", tmp_path / "p.jsonl"
-    arguments = ["pairs", str(recipe), "--groups", str(first / "groups"), "--out", str(out)]
-    arguments += ["--judgements", str(first / "judgements")]
-    assert main(arguments) == 0
-    before = out.read_bytes()
-    assert main(arguments) == 0
-    assert main([*arguments, "--set", "pairs.max_pairs_per_prompt=2"]) == 74
-    assert out.read_bytes() == before
-
-
-def test_judgements_of_other_prompts_are_refused(run: Path, recipe: Path, tmp_path: Path) -> None:
-    arguments = ["--groups", run / "round-000" / "groups", "--judgements", run / "round-001" / "judgements"]
-    assert main(["pairs", str(recipe), *map(str, arguments), "--out", str(tmp_path / "p.jsonl")]) == 65
-
-
-@pytest.mark.parametrize(
-    ("missing", "sections"),
-    [("--judgements", {}), ("--model", {"judge": {"kind": "llm"}})],
-)
-def test_an_input_that_a_stage_needs_is_asked_for(
-    missing: str, sections: dict[str, Any], run: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = write_recipe(tmp_path, tiny, **sections)
-    groups = ["--groups", str(run / "round-000" / "groups"), "--out", str(tmp_path / "out")]
-    assert main(["pairs" if missing == "--judgements" else "judge", str(path), *groups]) == 64
-    assert missing in capsys.readouterr().err
-
-
-def test_train_takes_any_preference_data(
-    recipe: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    rows = [{"prompt": f"Add {n}.", "chosen": f"It is {n}.", "rejected": "No."} for n in range(6)]
-    rows.append({"prompt": "Same?", "chosen": "Yes.", "rejected": "Yes."})
-    data = tmp_path / "data.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    ok("train", recipe, "--model", tiny, "--pairs", data, "--out", tmp_path / "out")
-    said = capsys.readouterr()
-    assert "6 pairs (0 over max_length left out), 2 steps, loss 0.6931" in said.out
-    assert "1 rows dropped: chosen equals rejected" in said.err
-    assert len(store.read_records(tmp_path / "out" / "pairs.jsonl", PreferencePair)) == 6
-    assert store.weights_digest(tmp_path / "out" / "policy") != store.weights_digest(tiny)
-
-
-def test_train_takes_another_reference(run: Path, recipe: Path, tiny: Path, tmp_path: Path) -> None:
-    policy, pairs = run / "round-000" / "policy", run / "round-001" / "pairs.jsonl"
-    ok("train", recipe, "--model", policy, "--pairs", pairs, "--reference", tiny, "--out", tmp_path, "--round", 1)
-    assert store.weights_digest(tmp_path / "policy") != store.weights_digest(run / "round-001" / "policy")
 
 
 def test_status_prints_json_of_every_policy_and_the_gain(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -247,6 +101,17 @@ def test_show_neutralises_terminal_escapes(tmp_path: Path, capsys: pytest.Captur
     text = capsys.readouterr().out
     assert "completion 0, score 1.000: ok" in text
     assert not [char for char in text if ord(char) < 32 and char != "\n"]
+
+
+def test_a_terminal_that_cannot_spell_a_completion_shows_the_rest(tmp_path: Path) -> None:
+    prompt = Prompt("p", (Message("user", "hi"),))
+    groups = [Group(prompt, (1,), (Completion("na\u00efve \u05d0 end", (2,)),))]
+    store.write_records(tmp_path / "round-000" / "groups" / "00000.jsonl", groups, Group)
+    done = process(
+        "-m", "selfplay", "show", str(tmp_path), "--round", "0", env={**os.environ, "PYTHONIOENCODING": "ascii"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert "na?ve ? end" in done.stdout
 
 
 def test_a_round_that_is_not_there_is_an_error_that_lists_those_that_are(
@@ -318,17 +183,6 @@ def test_validate_finds_what_a_run_would_stumble_over(
 ) -> None:
     assert main(["validate", str(write_recipe(tmp_path, tiny, **sections))]) in (64, 65)
     assert said in capsys.readouterr().err
-
-
-def test_a_judge_program_runs_only_when_allowed(
-    run: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "my.py").write_text("def shorter(prompt, completion):\n    return -len(completion.text)\n")
-    path = write_recipe(tmp_path, tiny, judge={"kind": "python", "target": "my.py:shorter"})
-    arguments = ["judge", str(path), "--groups", str(run / "round-000" / "groups"), "--out", str(tmp_path / "j")]
-    assert main(arguments) == 77
-    assert main([*arguments, "--allow-code"]) == 0
-    assert "32 completions, mean score -" in capsys.readouterr().out
 
 
 def test_the_recipes_are_listed_and_a_copy_of_each_is_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -98,7 +98,14 @@ def test_the_front_door_and_its_lookups_are_seen(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["selfplay", "selfplay.recipe_file", "selfplay.judges.verifier", "selfplay.judges.lift", "selfplay.pairs", "selfplay.prompts"],
+    [
+        "selfplay",
+        "selfplay.recipe_file",
+        "selfplay.judges.verifier",
+        "selfplay.judges.lift",
+        "selfplay.pairs",
+        "selfplay.prompts",
+    ],
 )
 def test_importing_it_loads_nothing_heavy(module: str) -> None:
     code = f"import sys, {module}; print([name for name in {HEAVY} if name in sys.modules])"

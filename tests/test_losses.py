@@ -31,7 +31,9 @@ def swapped(logps: PairLogps) -> PairLogps:
 
 
 @given(LOGP, LOGP, LOGP, LOGP, BETA)
-def test_sigmoid_is_its_formula_and_swapping_flips_the_margin(a: float, b: float, c: float, d: float, beta: float) -> None:
+def test_sigmoid_is_its_formula_and_swapping_flips_the_margin(
+    a: float, b: float, c: float, d: float, beta: float
+) -> None:
     logps = logps_of(a, b, c, d)
     margin = beta * ((a - c) - (b - d))
     # -log sigmoid(x) = log(1 + exp(-x)), written so that it does not overflow
@@ -97,3 +99,10 @@ def test_every_loss_is_one_finite_value_a_pair_even_far_out(name: str) -> None:
     losses = LOSSES[name](PairLogps(far, far.flip(0), far.roll(1), far, lengths, lengths), 0.1)
     assert losses.shape == (3,)
     assert losses.isfinite().all()
+
+
+def test_log_ratios_are_policy_minus_reference() -> None:
+    one, two, three, four, lengths = (torch.tensor([x]) for x in (-3.0, -5.0, -4.0, -4.5, 2.0))
+    logps = PairLogps(one, two, three, four, lengths, lengths)
+    assert logps.chosen_logratios_B.tolist() == [1.0]
+    assert logps.rejected_logratios_B.tolist() == [-0.5]

@@ -112,7 +112,9 @@ def test_nothing_sees_padding() -> None:
 
 
 @given(pair_lists(), st.integers(1, 5), st.integers(0, 3))
-def test_shuffled_steps_hold_every_pair_once_and_whole_prompts(pairs: list[PreferencePair], size: int, epoch: int) -> None:
+def test_shuffled_steps_hold_every_pair_once_and_whole_prompts(
+    pairs: list[PreferencePair], size: int, epoch: int
+) -> None:
     steps = form_steps(pairs, batch_size=size, seed=1, epoch=epoch, shuffle=True)
     assert sorted(i for step in steps for i in step) == list(range(len(pairs)))
     for step in steps[:-1]:

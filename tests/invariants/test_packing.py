@@ -78,7 +78,9 @@ def noisy_reference(pairs: Sequence[PreferencePair]) -> ReferenceLogps:
 def plain_loss(model: Any, pairs: Sequence[PreferencePair], reference: ReferenceLogps) -> Tensor:
     chosen = torch.stack([plain_sum(model, p.prompt_token_ids, p.chosen_token_ids) for p in pairs])
     rejected = torch.stack([plain_sum(model, p.prompt_token_ids, p.rejected_token_ids) for p in pairs])
-    lengths = [torch.tensor([float(len(ids)) for ids in side]) for side in zip(*(_sides(p) for p in pairs), strict=True)]
+    lengths = [
+        torch.tensor([float(len(ids)) for ids in side]) for side in zip(*(_sides(p) for p in pairs), strict=True)
+    ]
     logps = PairLogps(chosen, rejected, reference.chosen_B, reference.rejected_B, *lengths)
     return (_losses(logps) * torch.tensor([p.weight for p in pairs])).mean()
 

@@ -106,7 +106,7 @@ def test_the_audit_passes_with_the_engines_logps_and_fails_when_one_side_has_oth
     assert plain is not None
     assert right["audit/max_difference"] < 1e-4
     changed = changed_copy(tiny, tmp_path / "changed")
-    with pytest.raises(AuditError, match="max_audit_difference is 0.1"):
+    with pytest.raises(AuditError, match=r"max_audit_difference is 0\.1"):
         audit_engine(TokenLogps(load_model(str(changed)), shared=False), groups, bound=0.1, device=CPU)
 
 

@@ -91,7 +91,9 @@ def trl_steps(model: Path, pairs: Sequence[PreferencePair], folder: Path) -> lis
 def test_the_first_steps_equal_those_of_trl(model: Path, tmp_path: Path) -> None:
     pairs = pairs_of(Chat.load(str(model)))
     run_training(
-        job_of(tmp_path, model, pairs, shuffle=False, batch_size=3, num_train_epochs=2, warmup_steps=2, learning_rate=1e-3)
+        job_of(
+            tmp_path, model, pairs, shuffle=False, batch_size=3, num_train_epochs=2, warmup_steps=2, learning_rate=1e-3
+        )
     )
     ours = store.read_json_lines(tmp_path / "out" / "train" / "steps.jsonl")
     theirs = trl_steps(model, pairs, tmp_path / "trl")

@@ -1,0 +1,158 @@
+"""The stages of a round as separate commands over files: they write what a run writes, and reuse nothing of other inputs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scripted_run import ok, write_recipe
+
+from selfplay import store
+from selfplay.cli import main
+from selfplay.types import PreferencePair
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
+    return write_recipe(tmp_path_factory.mktemp("recipe"), tiny)
+
+
+@pytest.fixture(scope="module")
+def run(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of 2 rounds; tests read it and leave it as it is."""
+    folder = tmp_path_factory.mktemp("run") / "run"
+    assert main(["iterate", str(recipe), "--out", str(folder)]) == 0
+    return folder
+
+
+def test_the_stages_one_by_one_write_the_bytes_of_a_round(run: Path, recipe: Path, tiny: Path, tmp_path: Path) -> None:
+    groups, judgements, pairs = tmp_path / "groups", tmp_path / "judgements", tmp_path / "pairs.jsonl"
+    ok("generate", recipe, "--model", tiny, "--out", groups)
+    ok("judge", recipe, "--groups", groups, "--out", judgements)
+    ok("pairs", recipe, "--groups", groups, "--judgements", judgements, "--out", pairs)
+    ok("train", recipe, "--model", tiny, "--pairs", pairs, "--out", tmp_path / "train")
+    first = run / "round-000"
+    for ours, theirs in ((groups, first / "groups"), (judgements, first / "judgements")):
+        assert (ours / "00000.jsonl").read_bytes() == (theirs / "00000.jsonl").read_bytes()
+    assert pairs.read_bytes() == (first / "pairs.jsonl").read_bytes()
+    assert store.weights_digest(tmp_path / "train" / "policy") == store.weights_digest(first / "policy")
+
+
+def test_the_stages_of_a_later_round_take_its_prompts_seeds_and_settings(
+    run: Path, recipe: Path, tmp_path: Path
+) -> None:
+    groups, policy = tmp_path / "groups", run / "round-000" / "policy"
+    ok("generate", recipe, "--model", policy, "--out", groups, "--round", 1)
+    second = run / "round-001"
+    assert (groups / "00000.jsonl").read_bytes() == (second / "groups" / "00000.jsonl").read_bytes()
+    pairs = second / "pairs.jsonl"
+    ok("train", recipe, "--model", policy, "--pairs", pairs, "--out", tmp_path / "train", "--round", 1)
+    assert store.weights_digest(tmp_path / "train" / "policy") == store.weights_digest(second / "policy")
+
+
+def test_pairs_of_an_old_run_are_made_again_from_its_own_judgements(run: Path, recipe: Path, tmp_path: Path) -> None:
+    first = run / "round-000"
+    ok(
+        "pairs",
+        recipe,
+        "--groups",
+        first / "groups",
+        "--judgements",
+        first / "judgements",
+        "--out",
+        tmp_path / "p.jsonl",
+    )
+    assert (tmp_path / "p.jsonl").read_bytes() == (first / "pairs.jsonl").read_bytes()
+
+
+def test_a_panel_alone_is_the_run_s_own(run: Path, recipe: Path, tiny: Path, tmp_path: Path) -> None:
+    ok("evaluate", recipe, "--model", tiny, "--out", tmp_path)
+    assert (tmp_path / "eval.json").read_bytes() == (run / "initial" / "eval.json").read_bytes()
+
+
+def test_a_panel_alone_measures_how_far_a_policy_is_from_the_recipe_s_model(
+    run: Path, recipe: Path, tmp_path: Path
+) -> None:
+    engine = [
+        "--set",
+        "generator.kind=transformers",
+        "--set",
+        "generator.dtype=float32",
+        "--set",
+        "generator.max_tokens=6",
+    ]
+    ok("evaluate", recipe, "--model", run / "round-001" / "policy", "--out", tmp_path, *engine)
+    figures = json.loads((tmp_path / "eval.json").read_text())
+    assert figures["kl"] != 0
+    assert figures["entropy"] > 0
+
+
+def test_a_folder_with_the_work_of_other_inputs_is_refused(
+    run: Path, recipe: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    groups = ["--groups", str(run / "round-000" / "groups"), "--out", str(tmp_path / "judgements")]
+    assert main(["judge", str(recipe), *groups]) == 0
+    assert main(["judge", str(recipe), *groups]) == 0
+    assert main(["judge", str(recipe), *groups, "--set", "judge={kind: coin}"]) == 64
+    assert "judge: verifier" in capsys.readouterr().err
+
+
+def test_a_pairs_file_with_other_pairs_is_left_alone(run: Path, recipe: Path, tmp_path: Path) -> None:
+    first, out = run / "round-000", tmp_path / "p.jsonl"
+    arguments = ["pairs", str(recipe), "--groups", str(first / "groups"), "--out", str(out)]
+    arguments += ["--judgements", str(first / "judgements")]
+    assert main(arguments) == 0
+    before = out.read_bytes()
+    assert main(arguments) == 0
+    assert main([*arguments, "--set", "pairs.max_pairs_per_prompt=2"]) == 74
+    assert out.read_bytes() == before
+
+
+def test_judgements_of_other_prompts_are_refused(run: Path, recipe: Path, tmp_path: Path) -> None:
+    arguments = ["--groups", run / "round-000" / "groups", "--judgements", run / "round-001" / "judgements"]
+    assert main(["pairs", str(recipe), *map(str, arguments), "--out", str(tmp_path / "p.jsonl")]) == 65
+
+
+@pytest.mark.parametrize(
+    ("missing", "sections"),
+    [("--judgements", {}), ("--model", {"judge": {"kind": "llm"}})],
+)
+def test_an_input_that_a_stage_needs_is_asked_for(
+    missing: str, sections: dict[str, Any], run: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_recipe(tmp_path, tiny, **sections)
+    groups = ["--groups", str(run / "round-000" / "groups"), "--out", str(tmp_path / "out")]
+    assert main(["pairs" if missing == "--judgements" else "judge", str(path), *groups]) == 64
+    assert missing in capsys.readouterr().err
+
+
+def test_train_takes_any_preference_data(
+    recipe: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": f"Add {n}.", "chosen": f"It is {n}.", "rejected": "No."} for n in range(6)]
+    rows.append({"prompt": "Same?", "chosen": "Yes.", "rejected": "Yes."})
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ok("train", recipe, "--model", tiny, "--pairs", data, "--out", tmp_path / "out")
+    said = capsys.readouterr()
+    assert "6 pairs (0 over max_length left out), 2 steps, loss 0.6931" in said.out
+    assert "1 rows dropped: chosen equals rejected" in said.err
+    assert len(store.read_records(tmp_path / "out" / "pairs.jsonl", PreferencePair)) == 6
+    assert store.weights_digest(tmp_path / "out" / "policy") != store.weights_digest(tiny)
+
+
+def test_train_takes_another_reference(run: Path, recipe: Path, tiny: Path, tmp_path: Path) -> None:
+    policy, pairs = run / "round-000" / "policy", run / "round-001" / "pairs.jsonl"
+    ok("train", recipe, "--model", policy, "--pairs", pairs, "--reference", tiny, "--out", tmp_path, "--round", 1)
+    assert store.weights_digest(tmp_path / "policy") != store.weights_digest(run / "round-001" / "policy")
+
+
+def test_a_judge_program_runs_only_when_allowed(
+    run: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "my.py").write_text("def shorter(prompt, completion):\n    return -len(completion.text)\n")
+    path = write_recipe(tmp_path, tiny, judge={"kind": "python", "target": "my.py:shorter"})
+    arguments = ["judge", str(path), "--groups", str(run / "round-000" / "groups"), "--out", str(tmp_path / "j")]
+    assert main(arguments) == 77
+    assert main([*arguments, "--allow-code"]) == 0
+    assert "32 completions, mean score -" in capsys.readouterr().out
