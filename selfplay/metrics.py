@@ -72,7 +72,7 @@ def _state(folder: Path) -> str:
 def write_metrics(run: Path) -> None:
     """metrics.jsonl: one line per finished round, derived from the rounds."""
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in status(run)["rounds"] if row["state"] == "done"]
-    store.write_bytes(run / "metrics.jsonl", "".join(lines).encode())
+    store.rewrite(run / "metrics.jsonl", "".join(lines).encode())
 
 
 def one_line(run: Path, round: int) -> str:

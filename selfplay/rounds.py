@@ -20,7 +20,7 @@ from selfplay.models import open_generator
 from selfplay.pairs import Selection, make_selector
 from selfplay.progress import SILENT, Reporter
 from selfplay.protocols import Generator, Judge, JudgeContext, PairSelector
-from selfplay.recipe import Recipe, at_round
+from selfplay.recipe import Recipe
 from selfplay.recipe_file import load_recipe
 from selfplay.run import Round, Run, start_run
 from selfplay.stages import (
@@ -33,7 +33,7 @@ from selfplay.stages import (
     timed,
     write_prompts,
 )
-from selfplay.train.settings import TrainJob, settings_at
+from selfplay.train.settings import TrainJob, schedule_span, settings_at
 from selfplay.types import Group, Judgement, Prompt
 
 
@@ -121,8 +121,7 @@ def train_job(round: Round) -> TrainJob:
     recipe, before = round.run.recipe.train, round.run.round(round.index - 1)
     settings = settings_at(recipe, round.index, bf16=bool(recipe.bf16))
     carried = recipe.optimizer_state == "carried"
-    whole_run = recipe.schedule_scope == "run"
-    steps = [at_round(recipe.max_steps, r) for r in range(round.run.recipe.rounds)]
+    first_step, total_steps = schedule_span(recipe, round.index, rounds=round.run.recipe.rounds)
     # before the first step of round 0 the initial policy is the prior one
     other = recipe.reference == "initial" and round.index > 0
     return TrainJob(
@@ -135,8 +134,8 @@ def train_job(round: Round) -> TrainJob:
         groups=tuple(str(path) for path in shards(round.folder / "groups")),
         optimizer_state=str(before.folder / "train" / "optimizer.safetensors") if carried and round.index else None,
         keep_optimizer_state=carried,
-        first_step=sum(steps[: round.index]) if whole_run else 0,
-        total_steps=sum(steps) if whole_run else None,
+        first_step=first_step,
+        total_steps=total_steps,
         chat_template=round.run.recipe.chat.chat_template and round.run.chat.tokenizer.chat_template,
     )
 

@@ -105,7 +105,7 @@ def start_run(
     }
     _same_identity(identity, folder)
     if not (folder / "recipe.yaml").exists() or _read_recipe(folder).rounds != recipe.rounds:
-        store.write_bytes(folder / "recipe.yaml", dump_recipe(recipe).encode())
+        store.rewrite(folder / "recipe.yaml", dump_recipe(recipe).encode())
     heldout = pool.heldout[: recipe.evaluate.num_prompts]
     panel = Panel(recipe, heldout, panel_judge, report)
     return Run(folder, recipe, initial, chat, pool, judge, selector, panel, report)

@@ -104,7 +104,7 @@ def judge(
     identity = {"stage": "judge", "round": round, "judge": asked.identity, "groups": digests, "model": None}
     seed = derive_seed(recipe.seed, round, "judge")
     if not own or model is None:
-        with claimed(out, identity):
+        with claimed(out, identity), room_for_judge(asked, None):
             return judge_groups(asked, found, JudgeContext(round, seed), out, report, f"round {round}, judging")
     recipe, folder = resolve_auto(recipe), local_model(model)
     identity["model"] = store.weights_digest(folder)

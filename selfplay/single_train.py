@@ -11,9 +11,9 @@ from selfplay.errors import DataError, RecipeError
 from selfplay.models import load_chat, local_model, resolve_auto
 from selfplay.preferences import holds_our_pairs, read_preferences
 from selfplay.progress import Reporter
-from selfplay.recipe import Recipe, at_round
+from selfplay.recipe import Recipe
 from selfplay.single import claimed, read_shards
-from selfplay.train.settings import TrainJob, settings_at
+from selfplay.train.settings import TrainJob, schedule_span, settings_at
 from selfplay.types import Drop, PreferencePair, derive_seed
 
 
@@ -63,8 +63,8 @@ def _check_inputs(recipe: Recipe, inputs: TrainInputs) -> None:
 def make_job(recipe: Recipe, inputs: TrainInputs, folder: Path, out: Path, chat: Chat) -> TrainJob:
     """The job that `iterate` gives the trainer in this round."""
     train, round = recipe.train, inputs.round
-    steps = [at_round(train.max_steps, r) for r in range(recipe.rounds)]
-    whole_run, carried = train.schedule_scope == "run", train.optimizer_state == "carried"
+    first_step, total_steps = schedule_span(train, round, rounds=recipe.rounds)
+    carried = train.optimizer_state == "carried"
     return TrainJob(
         policy=str(folder),
         pairs=inputs.preferences,
@@ -75,8 +75,8 @@ def make_job(recipe: Recipe, inputs: TrainInputs, folder: Path, out: Path, chat:
         groups=tuple(str(path) for path in read_shards(inputs.groups)) if inputs.groups is not None else (),
         optimizer_state=str(inputs.optimizer_state) if carried and inputs.optimizer_state is not None else None,
         keep_optimizer_state=carried,
-        first_step=sum(steps[:round]) if whole_run else 0,
-        total_steps=sum(steps) if whole_run else None,
+        first_step=first_step,
+        total_steps=total_steps,
         chat_template=recipe.chat.chat_template and chat.tokenizer.chat_template,
     )
 

@@ -3,6 +3,7 @@ already there it reads them, so going on after a stop is no feature of its own.
 """
 
 import contextlib
+import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -30,7 +31,7 @@ def timed(folder: Path, stage: str) -> Iterator[None]:
     path = folder / "seconds.json"
     seconds = store.read_json(path) if path.exists() else {}
     seconds[stage] = round(seconds.get(stage, 0.0) + time.monotonic() - started, 2)
-    store.write_json(path, seconds)
+    store.rewrite(path, json.dumps(seconds, indent=2).encode())
 
 
 def sampling_at(recipe: GeneratorRecipe, round: int, *, seed: int) -> Sampling:
@@ -128,7 +129,7 @@ def judge_groups(
 
 
 @contextlib.contextmanager
-def room_for_judge(judge: Judge | None, generator: Generator) -> Iterator[None]:
+def room_for_judge(judge: Judge | None, generator: Generator | None) -> Iterator[None]:
     """Where the judge has a model of its own, gives it the machine: the policy's engine is freed before, the judge's after."""
     if isinstance(judge, LLMJudge) and judge.model != "policy":
         if isinstance(generator, EngineGenerator):

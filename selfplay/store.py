@@ -70,6 +70,17 @@ def _commit(path: Path, write: Callable[[Path], object]) -> None:
         ) from error
 
 
+def rewrite(path: Path, data: bytes) -> None:
+    """`data` at `path`, whole or not at all, for the few files that change: they have no digest, which a kill between two
+    renames would leave at odds with the file. StorageError where the disk refuses.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _replace(path, data)
+    except OSError as error:
+        raise StorageError(f"{path}: can't be written ({error.strerror}). Free space, then run the same command") from error
+
+
 def _replace(path: Path, data: bytes) -> None:
     temporary = path.with_name(path.name + TEMPORARY)
     temporary.write_bytes(data)

@@ -56,6 +56,14 @@ class TrainJob:
     chat_template: str | None = None
 
 
+def schedule_span(recipe: TrainRecipe, round: int, *, rounds: int) -> tuple[int, int | None]:
+    """(first step, total steps) of a round's place in the schedule; the total is None where each round has its own."""
+    if recipe.schedule_scope == "round":
+        return 0, None
+    steps = [at_round(recipe.max_steps, r) for r in range(rounds)]
+    return sum(steps[:round]), sum(steps)
+
+
 def settings_at(recipe: TrainRecipe, round: int, *, bf16: bool) -> TrainSettings:
     """The settings of a round (0-based); `bf16` is what `auto` became."""
     values: dict[str, Any] = {name: at_round(getattr(recipe, name), round) for name in TrainSettings.__slots__}
