@@ -78,7 +78,9 @@ def rewrite(path: Path, data: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         _replace(path, data)
     except OSError as error:
-        raise StorageError(f"{path}: can't be written ({error.strerror}). Free space, then run the same command") from error
+        raise StorageError(
+            f"{path}: can't be written ({error.strerror}). Free space, then run the same command"
+        ) from error
 
 
 def _replace(path: Path, data: bytes) -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,13 +17,14 @@ from tiny import make_tiny_model
 
 from selfplay.chat import Chat
 from selfplay.errors import DataError, GeneratorError, RecipeError
+from selfplay.generators import environment
 from selfplay.generators.engine import EngineSettings, Request, Result
 from selfplay.generators.environment import child_environment
 from selfplay.generators.generator import EngineGenerator
 from selfplay.generators.isolated import EngineDiedError, IsolatedEngine
 from selfplay.generators.sampling import Sampler
 from selfplay.generators.scripted import ScriptedGenerator
-from selfplay.generators.transformers import TransformersEngine, _StopStrings
+from selfplay.generators.transformers import TransformersEngine, _cpu_computes_bf16, _StopStrings
 from selfplay.protocols import Generator
 from selfplay.types import Message, Prompt, Sampling, derive_seed, prompt_id
 
@@ -163,6 +165,28 @@ def test_batches_of_any_size_draw_the_same_completions(settings: EngineSettings,
     assert ids[0] == ids[1] == ids[2]
 
 
+def test_a_prompt_is_prefilled_once_and_finished_completions_leave_the_batch(
+    settings: EngineSettings, chat: Chat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes: list[tuple[int, ...]] = []
+    forward = TransformersEngine._forward
+
+    def counted(engine: TransformersEngine, ids: torch.Tensor, *rest: Any) -> torch.Tensor:
+        shapes.append(tuple(ids.shape))
+        return forward(engine, ids, *rest)
+
+    monkeypatch.setattr(TransformersEngine, "_forward", counted)
+    sampling = Sampling(num_completions=6, max_tokens=64, seed=1)
+    common = replace(settings, stop_token_ids=tuple(range(6, 60)))  # about a fifth of all ids: lengths vary
+    with EngineGenerator(common, chat, isolate=False) as generator:
+        groups = generator.generate(PROMPTS, sampling)
+    lengths = [len(c.token_ids) for group in groups for c in group.completions]
+    assert shapes[0] == (len(PROMPTS), max(len(chat.encode_prompt(p)) for p in PROMPTS))
+    # The first token comes from the prefill; step n then runs only the completions that have more than n tokens.
+    assert shapes[1:] == [(sum(length > n for length in lengths), 1) for n in range(1, max(lengths))]
+    assert len(set(lengths)) > 3
+
+
 def test_a_stop_token_ends_a_completion_and_stays_in_its_ids(settings: EngineSettings, chat: Chat) -> None:
     sampling = Sampling(num_completions=8, max_tokens=64, seed=1)
     free = EngineGenerator(replace(settings, stop_token_ids=()), chat, isolate=False).generate(PROMPTS[:1], sampling)
@@ -214,7 +238,7 @@ def test_score_labels_are_exact_logps(generator: EngineGenerator, hf: "torch.nn.
 
 
 def test_bfloat16_is_what_auto_takes_for_a_float32_policy(settings: EngineSettings) -> None:
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if not _cpu_computes_bf16():
         pytest.skip("this processor has no bfloat16")
     engine = TransformersEngine(replace(settings, dtype="auto"))
     assert {p.dtype for p in engine._model.parameters()} == {torch.bfloat16}
@@ -478,9 +502,11 @@ def test_no_process_is_left_when_the_parent_is_killed(settings: EngineSettings, 
         "threading.Event().wait()\n"
     )
     row = {"kind": settings.kind, "model": settings.model, "dtype": settings.dtype}
-    environment = child_environment(settings, 0)
     parent = subprocess.Popen(
-        [sys.executable, "-c", program, json.dumps(row)], stdout=subprocess.PIPE, text=True, env=environment
+        [sys.executable, "-c", program, json.dumps(row)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=child_environment(settings, 0),
     )
     assert parent.stdout is not None
     child = int(parent.stdout.readline())
@@ -513,6 +539,21 @@ def test_each_replica_sees_its_own_devices_and_the_users_variables_win(settings:
     assert all(f["PYTHONPATH"].endswith(os.pathsep + "/mine") for f in found)
     with pytest.raises(RecipeError, match=r"needs 4 devices, and 2 are visible"):
         child_environment(four, 0, {"CUDA_VISIBLE_DEVICES": "0,1"})
+
+
+def test_vllm_on_a_cpu_gets_all_cores_of_its_replica(settings: EngineSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "vllm_runs_on_cpu", lambda: True)
+    monkeypatch.setattr(environment, "_cores", lambda: [0, 1, 4, 5])
+    two = replace(settings, kind="vllm", data_parallel_size=2)
+    found = [child_environment(two, replica, {}) for replica in range(2)]
+    assert [f["VLLM_CPU_OMP_THREADS_BIND"] for f in found] == ["0,1", "4,5"]
+    assert [f["GOMP_CPU_AFFINITY"] for f in found] == ["0 1", "4 5"]
+    assert child_environment(two, 0, {"OMP_NUM_THREADS": "1"})["OMP_NUM_THREADS"] == "1"
+    assert "OMP_NUM_THREADS" not in child_environment(two, 0, {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"})
+    compiled = replace(two, engine_args={"enforce_eager": False})
+    assert ("TORCHDYNAMO_DISABLE" in found[0]) > ("TORCHDYNAMO_DISABLE" in child_environment(compiled, 0, {}))
+    with pytest.raises(RecipeError, match=r"need 8 cores, and there are 4"):
+        child_environment(replace(two, tensor_parallel_size=4), 0, {})
 
 
 # The scripted generator

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 import selfplay
 from selfplay.cli import app
+from selfplay.errors import GateError
 from selfplay.recipe_file import load_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -50,6 +51,12 @@ def tiny_overrides(command: list[str], overrides: list[str], tmp_path: Path) -> 
     sets = list(overrides)
     if any("spin_mini" in word for word in command):
         sets += [f"prompts.source={tmp_path / 'data' / 'alpaca_en_demo.json'}"]
+    if any("self_rewarding" in word for word in command):
+        # the tiny tokenizer has no token for a whole word
+        shipped = (ROOT / "selfplay" / "judges" / "templates" / "yes_no.md").read_text(encoding="utf-8")
+        template = tmp_path / "y_n.md"
+        template.write_text(shipped.replace("{yes: 1, Yes: 1, no: 0, No: 0}", "{y: 1, n: 0}").replace("0.01", "0.0"))
+        sets += [f"judge.template={template}"]
     if any("quickstart" in word for word in command):
         sets += ["judge.score=share", "judge.truncated_fails=false"]
     return [word for one in sets for word in ("--set", one)]
@@ -64,14 +71,11 @@ def test_the_readmes_commands_run_in_its_order(checkout: list[str], tmp_path: Pa
             (tmp_path / "models").mkdir(exist_ok=True)
             (tmp_path / "models" / "smollm2-135m-instruct").symlink_to(checkout[-1].removeprefix("model="))
         result = CliRunner().invoke(app, [*command, *extra])
-        assert result.exit_code in (0, 76), f"{command}: {result.output}{result.stderr}"
-        if result.exit_code == 76:  # a random model may give a round without any pair; everything before has run
-            assert "none of 6 prompts gave a pair" in result.stderr
+        # a random model may give a round without any pair, or none of its probability to a label; all before that has run
+        assert result.exit_code == 0 or isinstance(result.exception, GateError), f"{command}: {result.output}"
 
 
-def test_the_readmes_python_block_runs(
-    checkout: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_readmes_python_block_runs(checkout: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (block,) = (text for language, text in BLOCKS if language == "python")
     assert len(block.split("recipe =")[0].strip().splitlines()) <= 10
 
@@ -86,7 +90,9 @@ def test_the_readmes_python_block_runs(
 
 def test_the_file_map_names_what_is_there() -> None:
     names = re.findall(r"\b([\w]+\.py|[\w]+/)", README.split("## File map")[1])
-    tree = {p.name + ("/" if p.is_dir() else "") for p in (ROOT / "selfplay").rglob("*") if "__pycache__" not in p.parts}
+    tree = {
+        p.name + ("/" if p.is_dir() else "") for p in (ROOT / "selfplay").rglob("*") if "__pycache__" not in p.parts
+    }
     tree |= {"selfplay/", "recipes/", "tests/", "data/", "vllm/", "invariants/", "tiny.py"}
     assert set(names) <= tree
     modules = {p.name for p in (ROOT / "selfplay").glob("*.py")} - {"__init__.py", "__main__.py"}

@@ -29,18 +29,28 @@ from selfplay.generators.engine import Engine, request_from_json, settings_from_
 WATCH_SECONDS = 0.25
 
 
+class HungUpError(Exception):
+    """The other end of a channel is closed: its process is gone."""
+
+
 class Channel:
-    """JSON messages over one end of a socket pair."""
+    """JSON messages over one end of a socket pair. Both methods raise HungUpError."""
 
     def __init__(self, connection: "Connection[Any, Any]") -> None:
         self.connection = connection
 
     def send(self, **message: Any) -> None:
-        self.connection.send_bytes(json.dumps(message).encode())
+        try:
+            self.connection.send_bytes(json.dumps(message).encode())
+        except (BrokenPipeError, ConnectionResetError):
+            raise HungUpError from None
 
     def receive(self) -> dict[str, Any]:
-        """The next message. EOFError where the other end is closed."""
-        message: dict[str, Any] = json.loads(self.connection.recv_bytes())
+        """The next message, waiting for it."""
+        try:
+            message: dict[str, Any] = json.loads(self.connection.recv_bytes())
+        except (EOFError, ConnectionResetError):
+            raise HungUpError from None
         return message
 
 
@@ -48,12 +58,15 @@ def main(fd: int, parent: int) -> None:
     threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
     os.set_inheritable(fd, False)  # a grandchild holding it would hide our end from the parent
     channel = Channel(Connection(fd))
-    with _reported(channel):
-        engine = start_engine(settings_from_json(channel.receive()["settings"]))
-        channel.send(ready=engine.max_model_len)
-        while _serve(engine, channel):
-            pass
-    channel.send(closed=True)
+    try:
+        with _reported(channel):
+            engine = start_engine(settings_from_json(channel.receive()["settings"]))
+            channel.send(ready=engine.max_model_len)
+            while _serve(engine, channel):
+                pass
+        channel.send(closed=True)
+    except HungUpError:  # at once: an interpreter takes seconds to end, and its threads stop before it does
+        os.killpg(0, signal.SIGKILL)
     # No orderly exit: interpreters that end with an engine loaded have hung, and the parent kills the group anyway.
     os._exit(0)
 
@@ -84,7 +97,7 @@ def _reported(channel: Channel) -> Iterator[None]:
         yield
     finally:
         kind, error, _ = sys.exc_info()
-        if kind is not None and not isinstance(error, EOFError):
+        if kind is not None and not isinstance(error, HungUpError):
             channel.send(error=f"{kind.__name__}: {error}", kind=kind.__name__, fatal=True)
 
 

@@ -6,6 +6,7 @@ A process reads these before its first import of torch or vLLM, so they can't be
 import importlib.metadata
 import importlib.util
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def child_environment(settings: EngineSettings, replica: int, user: Mapping[str,
         if devices:
             forced["CUDA_VISIBLE_DEVICES"] = _slice_devices(settings, replica, devices)
         else:
-            ours["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // settings.data_parallel_size))
+            ours["OMP_NUM_THREADS"] = str(max(1, len(_cores()) // settings.data_parallel_size))
     return ours | dict(user) | forced
 
 
@@ -69,8 +70,13 @@ def _cpu_variables(settings: EngineSettings, replica: int, user: Mapping[str, st
     return variables
 
 
+def _cores() -> list[int]:
+    """The cores that this process may use."""
+    return sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else list(range(os.cpu_count() or 1))
+
+
 def _core_shards(count: int) -> list[list[int]]:
-    cores = sorted(os.sched_getaffinity(0))
+    cores = _cores()
     if count > len(cores):
         raise RecipeError(f"{count} replicas times tensor_parallel_size need {count} cores, and there are {len(cores)}")
     size = len(cores) // count

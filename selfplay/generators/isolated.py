@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from selfplay.errors import DataError, GeneratorError, RecipeError, SecurityError, SelfplayError
-from selfplay.generators.child import Channel
+from selfplay.generators.child import Channel, HungUpError
 from selfplay.generators.engine import (
     EngineSettings,
     Request,
@@ -128,7 +128,7 @@ class _Replica:
         try:
             self.channel.send(close=True)
             self.channel.connection.poll(CLOSE_SECONDS)
-        except OSError:  # it died between two calls
+        except HungUpError:  # it died between two calls
             return
 
     def alive(self) -> bool:
@@ -140,14 +140,14 @@ class _Replica:
         self.busy = True
         try:
             self.channel.send(**message)
-        except BrokenPipeError:
+        except HungUpError:
             raise self.died() from None
 
     def receive(self) -> dict[str, Any]:
         """The next message, which is there already. Raises what it reports, or what ended the process."""
         try:
             message = self.channel.receive()
-        except (EOFError, ConnectionResetError):
+        except HungUpError:
             raise self.died() from None
         if "error" not in message:
             self.busy = not ("done" in message or "ready" in message)

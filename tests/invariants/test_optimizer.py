@@ -58,6 +58,14 @@ def test_unshuffled_steps_follow_the_file(tiny: Path, tmp_path: Path) -> None:
     assert len({round(float(x), 3) for x in reference}) == 6
 
 
+def test_every_epoch_has_its_own_order(tiny: Path, tmp_path: Path) -> None:
+    drawn = random_pairs(num_prompts=6, num_completions=2)
+    rows = train(tmp_path, tiny, drawn, batch_size=1, num_train_epochs=3, learning_rate=1e-12)
+    epochs = [[round(row["logps/chosen"], 3) for row in rows[n : n + 6]] for n in (0, 6, 12)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
 def test_two_jobs_with_carried_state_and_the_runs_schedule_are_one_long_job(
     tiny: Path, pairs: Sequence[PreferencePair], tmp_path: Path
 ) -> None:
