@@ -63,8 +63,9 @@ help: ## list the targets
 quickstart: $(VENV)/.engine-$(ENGINE) $(MODEL)/config.json ## three rounds of DPO on a 135M model, from nothing; again: goes on
 	$(BIN)/selfplay iterate recipes/quickstart.yaml --out runs/quickstart
 
+# Models of 100,000 parameters gain nothing from threads, so two processes of one thread each.
 test: $(VENV)/.test ## every test that needs no vLLM; no network
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not vllm"
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not vllm"
 
 test-vllm: ## the tests on the real vLLM engine; fails where there is none
 ifeq ($(ENGINE),none)

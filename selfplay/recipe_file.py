@@ -187,7 +187,7 @@ def _absolute_judge(judge: Any, folder: Path) -> Any:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML, every field written out."""
-    return yaml.dump(recipe.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+    return yaml.dump(recipe.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, width=100)
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:

@@ -17,7 +17,7 @@ def make(*arguments: str) -> subprocess.CompletedProcess[str]:
     # Without the caller's MAKEFLAGS: under `make test` they would add its own.
     environment = {name: text for name, text in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "ENGINE")}
     # VENV points nowhere, so the machine's own .venv and its stamps change nothing.
-    command = ["make", "VENV=none/venv", "MODEL=none/model", *arguments]
+    command = ["make", "--no-print-directory", "VENV=none/venv", "MODEL=none/model", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 

@@ -51,7 +51,10 @@ def load_model(path: str, *, gradient_checkpointing: bool = False) -> Any:
         if "attention_dropout" in vars(module):
             module.attention_dropout = 0.0
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if hasattr(model, "activation_checkpointing_enable"):  # its name since transformers 5.20
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        else:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train(gradient_checkpointing)  # transformers checkpoints in train mode only
     return model
 
