@@ -190,6 +190,11 @@ class TrainRecipe(Section):
         if isinstance(data, dict) and "warmup_ratio" in data:
             if "warmup_steps" in data:
                 raise ValueError("warmup_steps and warmup_ratio are the same setting: keep one")
+            ratios = data["warmup_ratio"] if isinstance(data["warmup_ratio"], list) else [data["warmup_ratio"]]
+            if any(isinstance(ratio, int | float) and ratio >= 1 for ratio in ratios):
+                raise ValueError(
+                    f"warmup_ratio is {data['warmup_ratio']}; a ratio is below 1 (warmup_steps takes steps)"
+                )
             data = {k: v for k, v in data.items() if k != "warmup_ratio"} | {"warmup_steps": data["warmup_ratio"]}
         return data
 

@@ -85,6 +85,8 @@ def start_run(
     pool = load_pool(recipe.prompts, seed=recipe.seed, chat=chat)
     for reason, count in Counter(drop.reason for drop in pool.drops).items():
         report.note(f"prompts: {count} dropped: {reason}")
+    for index in range(recipe.rounds):  # a pool that would run out says so now, not hours from now
+        pool.deal(recipe.prompts, index)
     report.note(f"prompts: {len(pool.train)} for training, {len(pool.heldout)} held out (form: {pool.form})")
     if judge is None and recipe.judge is not None:
         judge = make_judge(

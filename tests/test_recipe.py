@@ -208,3 +208,9 @@ def test_the_panel_asks_its_own_judge_or_the_runs() -> None:
     assert own.heldout_judge is own.evaluate.judge
     shared = check_recipe(small(), "r.yaml")
     assert isinstance(shared.heldout_judge, VerifierRecipe)
+
+
+def test_a_warmup_ratio_of_one_or_more_is_refused() -> None:
+    for ratio in (1, 1.5, [0.1, 2]):
+        with pytest.raises(RecipeError, match="a ratio is below 1"):
+            check_recipe(small(train={"warmup_ratio": ratio}), "r.yaml")

@@ -334,6 +334,12 @@ def test_the_schedule_and_the_optimizer_can_span_the_run(rig: dict[str, Any], tm
     assert {float(v) for k, v in state.items() if k.endswith("step")} == {6.0}
 
 
+def test_a_pool_that_would_run_out_is_refused_before_the_first_round(rig: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="round 3 needs prompts 25 to 32"):
+        play(changed(rig, rounds=4), tmp_path / "run")
+    assert not (tmp_path / "run" / "initial").exists()
+
+
 def test_spin_pairs_the_gold_answer_with_the_policys_completion(rig: dict[str, Any], tmp_path: Path) -> None:
     rows = [{"instruction": f"Count to {n}.", "input": "", "output": f"One to {n}."} for n in range(1, 9)]
     source = tmp_path / "rows.json"
