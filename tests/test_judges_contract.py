@@ -62,7 +62,7 @@ def test_scores_become_plain_floats_or_none(given_score, wanted):
         1j,
         [1],
         np.array([1.0]),
-        object(),
+        pytest.param(object(), id="an object"),
     ],
     ids=repr,
 )

@@ -229,7 +229,7 @@ def test_an_own_model_is_opened_once_when_needed_and_freed_at_the_end(chat):
     assert judge.identity.startswith("llm:abc123 ")
 
 
-@pytest.mark.parametrize("generator", [None, object()])
+@pytest.mark.parametrize("generator", [None, pytest.param(object(), id="an object")])
 def test_the_policy_as_judge_needs_its_engine(generator):
     with pytest.raises(RecipeError, match=r"judge\.model"):
         make_judge().judge([make_group("a")], JudgeContext(generator=generator))
