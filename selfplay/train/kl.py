@@ -40,7 +40,7 @@ def run_kl(job: KLJob, progress: Progress) -> dict[str, Any]:
     model = load_model(job.initial).to(device)
     shared, _ = can_share_prompts(model, device)
     cast_parameters(model, torch.bfloat16 if job.bf16 else torch.float32)
-    module = TokenLogps(model, shared=shared)
+    module = TokenLogps(model)
     pairs = [as_pair(g, c.token_ids) for g, c in sampled]
     initial, done = 0.0, 0
     for pack in build_packs(pairs, range(len(pairs)), max_pack_tokens=job.max_pack_tokens, shared=shared):

@@ -113,10 +113,10 @@ def run_training(job: TrainJob, progress: Progress = _silent) -> dict[str, Any]:
     shared, probe = _probe(model, device)
     dtype = torch.bfloat16 if settings.bf16 else torch.float32
     masters = Masters(model, compute_dtype=dtype)
-    module = TokenLogps(model, shared=shared)
+    module = TokenLogps(model)
     result: dict[str, Any] = {"shared_prompts": shared, "probe_difference": probe, "num_too_long": num_too_long}
     result |= audit_engine(module, _groups(job), bound=settings.max_audit_difference, device=device) or {}
-    reference = _reference(job, pairs, module, device, progress)
+    reference = _reference(job, pairs, module, shared, device, progress)
     steps = _plan(job, pairs)
     optimizer = make_optimizer(masters.weights, settings)
     if job.optimizer_state is not None:
@@ -168,7 +168,12 @@ def _groups(job: TrainJob) -> list[Group]:
 
 
 def _reference(
-    job: TrainJob, pairs: Sequence[PreferencePair], module: TokenLogps, device: torch.device, progress: Progress
+    job: TrainJob,
+    pairs: Sequence[PreferencePair],
+    module: TokenLogps,
+    shared: bool,
+    device: torch.device,
+    progress: Progress,
 ) -> ReferenceLogps:
     path = Path(job.out) / "reference.safetensors"
     if path.exists():
@@ -179,12 +184,13 @@ def _reference(
     if job.reference is not None:
         other = load_model(job.reference).to(device)
         cast_parameters(other, next(module.parameters()).dtype)
-        frozen = TokenLogps(other, shared=module.shared)
+        frozen = TokenLogps(other)
     reference = score_pairs(
         frozen,
         pairs,
         steps,
         max_pack_tokens=settings.max_pack_tokens,
+        shared=shared,
         device=device,
         progress=lambda done: progress("reference", done, len(pairs)),
     )

@@ -11,6 +11,7 @@ from torch import nn
 
 from selfplay.errors import DataError
 from selfplay.store import write_folder
+from selfplay.train import attention
 from selfplay.train.logps import TokenLogps
 from selfplay.train.optim import Masters
 from selfplay.train.pack import build_packs
@@ -41,8 +42,11 @@ def load_model(path: str, *, gradient_checkpointing: bool = False) -> Any:
         kind = AutoModelForCausalLM._model_mapping[type(config)]
         # sdpa ignores attention soft-caps; recurrent and ALiBi models don't have it
         softcap = config.get_text_config().to_dict().get("attn_logit_softcapping")
-        attention = "sdpa" if kind._supports_sdpa and not softcap else "eager"
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=attention)
+        kernel = "sdpa" if kind._supports_sdpa and not softcap else "eager"
+        if kernel == "sdpa" and kind._supports_attention_backend:
+            attention.register()
+            kernel = attention.IMPLEMENTATION
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=kernel)
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{path}: no causal language model could be loaded from here ({error})") from error
     for module in model.modules():
@@ -91,7 +95,7 @@ def can_share_prompts(model: Any, device: torch.device) -> tuple[bool, float | N
             packs = build_packs(pairs, range(len(pairs)), max_pack_tokens=1 << 20, shared=shared)
             pack = packs[0].to(device)
             try:
-                sums.append(pack.sum_per_sequence(TokenLogps(model, shared=shared)(pack)))
+                sums.append(pack.sum_per_sequence(TokenLogps(model)(pack)))
             except (TypeError, ValueError, RuntimeError, KeyError):
                 if not shared:
                     raise
@@ -109,7 +113,7 @@ def check_head(model: Any, device: torch.device) -> float:
     pair = _bare_pair(tuple(ids[0, :4].tolist()), tuple(ids[0, 4:].tolist()), tuple(ids[0, 4:].tolist()))
     pack = build_packs([pair], [0], max_pack_tokens=64, shared=False)[0].to(device)
     with torch.no_grad():
-        own = TokenLogps(model, shared=False)(pack)
+        own = TokenLogps(model)(pack)
         logits_TV = model(input_ids=ids, use_cache=False).logits[0].float()
         theirs = logits_TV.log_softmax(-1)[3:-1].gather(1, ids[0, 4:, None])[:, 0]
     return float((own - theirs).abs().max())

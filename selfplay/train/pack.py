@@ -35,6 +35,12 @@ class Pack:
     chosen_B: Tensor  # sequence of each pair's chosen completion
     rejected_B: Tensor
     pair_B: tuple[int, ...]  # index of each pair in the round's list
+    lengths: tuple[tuple[int, ...], ...]  # of each prompt and its completions, in the row's order; () in plain rows
+
+    @property
+    def shared(self) -> bool:
+        """Whether completions share their prompt; else the rows are plain ones, padded on the right."""
+        return bool(self.lengths)
 
     @property
     def num_tokens(self) -> int:
@@ -176,6 +182,7 @@ def _tensors(groups: list[_Shared], shared: bool) -> Pack:
         chosen_B=torch.tensor(chosen),
         rejected_B=torch.tensor(rejected),
         pair_B=tuple(pair_indices),
+        lengths=tuple((len(g.prompt), *map(len, g.completions)) for g in groups) if shared else (),
     )
 
 

@@ -56,6 +56,7 @@ def score_pairs(
     steps: Sequence[Sequence[int]],
     *,
     max_pack_tokens: int,
+    shared: bool,
     device: torch.device,
     progress: Callable[[int], None] = lambda done: None,
 ) -> ReferenceLogps:
@@ -68,7 +69,7 @@ def score_pairs(
     assert sorted(i for step in steps for i in step) == list(range(len(pairs)))
     done = 0
     for step in steps:
-        for pack in build_packs(pairs, step, max_pack_tokens=max_pack_tokens, shared=module.shared):
+        for pack in build_packs(pairs, step, max_pack_tokens=max_pack_tokens, shared=shared):
             pack = pack.to(device)
             sum_S = pack.sum_per_sequence(module(pack)).cpu()
             index_B = torch.tensor(pack.pair_B)

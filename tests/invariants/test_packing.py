@@ -15,6 +15,7 @@ from torch import Tensor
 
 from selfplay import store
 from selfplay.losses import PairLogps, total_loss
+from selfplay.train import attention
 from selfplay.train import logps as logps_module
 from selfplay.train.logps import TokenLogps
 from selfplay.train.loop import run_training
@@ -38,6 +39,7 @@ SHARING: dict[str, dict[str, Any]] = {
     "olmo2": {},
     "granite": {"logits_scaling": 4.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.5},
     "cohere": {"logit_scale": 0.5},
+    "phi": {"partial_rotary_factor": 0.5},  # its head has a bias
 }
 PLAIN: dict[str, dict[str, Any]] = {"mamba": {"state_size": 8}, "bloom": {"n_head": 2, "n_layer": 2}}
 FAMILIES = SHARING | PLAIN
@@ -86,10 +88,15 @@ def plain_loss(model: Any, pairs: Sequence[PreferencePair], reference: Reference
 
 
 def packed_loss(
-    module: TokenLogps, pairs: Sequence[PreferencePair], reference: ReferenceLogps, *, cap: int = 2048
+    module: TokenLogps,
+    pairs: Sequence[PreferencePair],
+    reference: ReferenceLogps,
+    *,
+    cap: int = 2048,
+    shared: bool = True,
 ) -> Tensor:
     parts = []
-    for pack in build_packs(pairs, range(len(pairs)), max_pack_tokens=cap, shared=module.shared):
+    for pack in build_packs(pairs, range(len(pairs)), max_pack_tokens=cap, shared=shared):
         weights = torch.tensor([pairs[i].weight for i in pack.pair_B])
         parts.append((_losses(pair_logps(pack, module(pack), reference)) * weights).sum())
     return torch.stack(parts).sum() / len(pairs)
@@ -126,7 +133,7 @@ def test_packed_logps_and_gradients_equal_those_of_single_rows(
     plain = AutoModelForCausalLM.from_pretrained(folders[family], attn_implementation="eager").eval()
     shared, _ = can_share_prompts(model, CPU)
     assert shared == (family in SHARING)
-    module = TokenLogps(model, shared=shared)
+    module = TokenLogps(model)
     packs = build_packs(many, range(len(many)), max_pack_tokens=2048, shared=shared)
     assert len(packs) == 1
     assert packs[0].num_sequences == 9
@@ -140,14 +147,14 @@ def test_packed_logps_and_gradients_equal_those_of_single_rows(
     reference = noisy_reference(many)
     wanted_gradient = gradient(plain, plain_loss(plain, many, reference))
     assert wanted_gradient.norm() > 0.1
-    assert relative(gradient(model, packed_loss(module, many, reference)), wanted_gradient) < 1e-5
+    assert relative(gradient(model, packed_loss(module, many, reference, shared=shared)), wanted_gradient) < 1e-5
 
 
 @pytest.mark.parametrize("cap", [1, 90, 200])
 def test_the_cap_on_a_pack_changes_neither_loss_nor_gradient(
     cap: int, folders: dict[str, Path], many: list[PreferencePair]
 ) -> None:
-    module = TokenLogps(load_model(str(folders["llama"])), shared=True)
+    module = TokenLogps(load_model(str(folders["llama"])))
     reference = noisy_reference(many)
     assert len(build_packs(many, range(len(many)), max_pack_tokens=cap, shared=True)) > 1
     whole, cut = packed_loss(module, many, reference), packed_loss(module, many, reference, cap=cap)
@@ -155,11 +162,26 @@ def test_the_cap_on_a_pack_changes_neither_loss_nor_gradient(
     assert relative(gradient(module.model, cut), gradient(module.model, whole)) < 1e-5
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_both_ways_of_attending_to_blocks_are_the_same(
+    family: str, folders: dict[str, Path], many: list[PreferencePair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = TokenLogps(load_model(str(folders[family])))
+    reference = noisy_reference(many)
+    found = []
+    for limit in (attention.MAX_STORED_KEYS, 0):
+        monkeypatch.setattr(attention, "MAX_STORED_KEYS", limit)
+        loss = packed_loss(module, many, reference)
+        found.append((loss.detach(), gradient(module.model, loss)))
+    assert relative(found[1][0], found[0][0]) < 1e-6
+    assert relative(found[1][1], found[0][1]) < 1e-5
+
+
 @pytest.mark.parametrize("family", SHARING)
 def test_a_changed_completion_leaves_all_others_of_the_pack_exactly_as_they_were(
     family: str, folders: dict[str, Path], many: list[PreferencePair]
 ) -> None:
-    module = TokenLogps(load_model(str(folders[family])), shared=True)
+    module = TokenLogps(load_model(str(folders[family])))
 
     def logps(pairs: Sequence[PreferencePair]) -> tuple[Tensor, Tensor]:
         (pack,) = build_packs(pairs, range(len(pairs)), max_pack_tokens=2048, shared=True)
@@ -184,23 +206,29 @@ def test_a_changed_completion_leaves_all_others_of_the_pack_exactly_as_they_were
 def test_the_head_in_chunks_gives_the_same_logps_and_gradient(
     folders: dict[str, Path], many: list[PreferencePair], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = TokenLogps(load_model(str(folders["gemma2"])), shared=True)
+    module = TokenLogps(load_model(str(folders["gemma2"])))
     reference = noisy_reference(many)
     whole = packed_loss(module, many, reference)
     wanted = gradient(module.model, whole)
+    (pack,) = build_packs(many, range(len(many)), max_pack_tokens=2048, shared=True)
+    num_tokens = len(pack.target_N)
     monkeypatch.setattr(logps_module, "CHUNK_ELEMENTS", 7 * module.model.config.vocab_size)
-    seen: list[int] = []
-    inner = module._logps
+    for stored in (logps_module.STORED_ELEMENTS, 0):
+        monkeypatch.setattr(logps_module, "STORED_ELEMENTS", stored)
+        seen: list[int] = []
+        inner = logps_module.F.linear
 
-    def spy(hidden_ND: Tensor, target_N: Tensor) -> Tensor:
-        seen.append(len(target_N))
-        return inner(hidden_ND, target_N)
+        def spy(hidden: Tensor, *rest: Tensor, seen: list[int] = seen, inner: Any = inner) -> Tensor:
+            seen.append(len(hidden))
+            return inner(hidden, *rest)
 
-    monkeypatch.setattr(module, "_logps", spy)
-    cut = packed_loss(module, many, reference)
-    assert max(seen) == 7
-    assert relative(cut.detach(), whole.detach()) < 1e-6
-    assert relative(gradient(module.model, cut), wanted) < 1e-5
+        with monkeypatch.context() as patch:
+            patch.setattr(logps_module.F, "linear", spy)
+            cut = packed_loss(module, many, reference)
+            found = gradient(module.model, cut)
+        assert seen.count(7) == num_tokens // 7 * (1 if stored else 2)  # the head is run anew where nothing is stored
+        assert relative(cut.detach(), whole.detach()) < 1e-6
+        assert relative(found, wanted) < 1e-5
 
 
 @pytest.mark.parametrize("family", PLAIN)

@@ -100,18 +100,18 @@ def test_the_audit_passes_with_the_engines_logps_and_fails_when_one_side_has_oth
     tiny: Path, pairs: Sequence[PreferencePair], tmp_path: Path
 ) -> None:
     groups = sampled_groups(tiny, pairs)
-    right = audit_engine(TokenLogps(load_model(str(tiny)), shared=True), groups, bound=1e-4, device=CPU)
-    plain = audit_engine(TokenLogps(load_model(str(tiny)), shared=False), groups, bound=1e-4, device=CPU)
+    right = audit_engine(TokenLogps(load_model(str(tiny))), groups, bound=1e-4, device=CPU)
+    plain = audit_engine(TokenLogps(load_model(str(tiny))), groups, bound=1e-4, device=CPU)
     assert right is not None
     assert plain is not None
     assert right["audit/max_difference"] < 1e-4
     changed = changed_copy(tiny, tmp_path / "changed")
     with pytest.raises(AuditError, match=r"max_audit_difference is 0\.1"):
-        audit_engine(TokenLogps(load_model(str(changed)), shared=False), groups, bound=0.1, device=CPU)
+        audit_engine(TokenLogps(load_model(str(changed))), groups, bound=0.1, device=CPU)
 
 
 def test_the_audit_fails_on_a_shifted_template_and_on_nan(tiny: Path, pairs: Sequence[PreferencePair]) -> None:
-    module = TokenLogps(load_model(str(tiny)), shared=False)
+    module = TokenLogps(load_model(str(tiny)))
     groups = sampled_groups(tiny, pairs)
     without_bos = [dataclasses.replace(g, prompt_token_ids=g.prompt_token_ids[1:]) for g in groups]
     with pytest.raises(AuditError):
@@ -127,7 +127,7 @@ def test_the_audit_reads_at_most_16_prompts_and_says_when_nobody_gave_logps(
     drawn = random_pairs(num_prompts=10, num_completions=3)
     groups = sampled_groups(tiny, drawn)
     assert len(groups) > NUM_AUDITED == 16
-    module, calls = TokenLogps(load_model(str(tiny)), shared=False), 0
+    module, calls = TokenLogps(load_model(str(tiny))), 0
 
     def counted(*arguments: object) -> None:
         nonlocal calls

@@ -32,13 +32,13 @@ def test_the_audit_passes_on_the_engines_weights_and_fails_when_one_side_changes
         prompts.append(Prompt(prompt_id(messages), messages))
     groups = engine.generate(prompts, Sampling(max_tokens=24))
     policy = load_model(str(model))
-    found = audit_engine(TokenLogps(policy, shared=False), groups, bound=0.1, device=CPU)
+    found = audit_engine(TokenLogps(policy), groups, bound=0.1, device=CPU)
     assert found is not None
     assert found["audit/mean_difference"] < 2e-3
     with torch.no_grad():
         policy.get_input_embeddings().weight.mul_(1.5)
     with pytest.raises(AuditError, match="Nothing was trained"):
-        audit_engine(TokenLogps(policy, shared=False), groups, bound=0.1, device=CPU)
+        audit_engine(TokenLogps(policy), groups, bound=0.1, device=CPU)
 
 
 def test_a_whole_round_on_vllm_is_audited_and_an_over_long_prompt_is_dropped(
