@@ -11,7 +11,8 @@ from typing import Literal
 
 from selfplay.errors import DataError, SelfplayError
 from selfplay.protocols import PairSelector
-from selfplay.recipe import PairsRecipe, at_round
+from selfplay.recipe_judges import PairsRecipe
+from selfplay.recipe_values import at_round
 from selfplay.types import Completion, Drop, Group, Judgement, Message, PreferencePair, derive_seed
 
 

@@ -14,8 +14,9 @@ from rich.table import Table
 from selfplay.errors import DataError
 from selfplay.models import resolve_auto
 from selfplay.prompts import PromptPool, load_pool
-from selfplay.recipe import Recipe, at_round
+from selfplay.recipe import Recipe
 from selfplay.recipe_file import dump_recipe
+from selfplay.recipe_values import at_round
 from selfplay.report import print_table
 from selfplay.train.settings import TrainSettings, settings_at
 

@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 from selfplay.chat import Chat
 from selfplay.errors import DataError, RecipeError
-from selfplay.recipe import PromptsRecipe, at_round
+from selfplay.recipe import PromptsRecipe
+from selfplay.recipe_values import at_round
 from selfplay.types import Drop, Message, Prompt, prompt_id
 
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}

@@ -10,7 +10,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from selfplay.errors import RecipeError
-from selfplay.recipe import LLMJudgeRecipe, PythonJudgeRecipe, Recipe, resolve_path
+from selfplay.recipe import Recipe, resolve_path
+from selfplay.recipe_judges import LLMJudgeRecipe, PythonJudgeRecipe
 
 TAGS = {"one value", "per round"}
 

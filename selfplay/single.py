@@ -22,7 +22,8 @@ from selfplay.pairs import Selection, make_selector
 from selfplay.progress import Reporter
 from selfplay.prompts import load_pool
 from selfplay.protocols import Judge, JudgeContext
-from selfplay.recipe import JudgeRecipe, LLMJudgeRecipe, Recipe
+from selfplay.recipe import Recipe
+from selfplay.recipe_judges import JudgeRecipe, LLMJudgeRecipe
 from selfplay.stages import judge_groups, make_pairs, room_for_judge, sample_groups, sampling_at, shards
 from selfplay.types import Group, Judgement, derive_seed
 

@@ -17,7 +17,8 @@ from selfplay.judges.llm import LLMJudge
 from selfplay.pairs import Selection, select_pairs
 from selfplay.progress import Advance, Reporter
 from selfplay.protocols import Generator, Judge, JudgeContext, PairSelector
-from selfplay.recipe import GeneratorRecipe, at_round
+from selfplay.recipe import GeneratorRecipe
+from selfplay.recipe_values import at_round
 from selfplay.types import Drop, Group, Judgement, PreferencePair, Prompt, Sampling
 
 SHARD_PROMPTS = 256

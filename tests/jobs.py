@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from selfplay import store
-from selfplay.recipe import TrainRecipe
+from selfplay.recipe_train import TrainRecipe
 from selfplay.train.settings import TrainJob, TrainSettings, settings_at
 from selfplay.types import Message, PreferencePair
 

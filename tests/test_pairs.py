@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from selfplay.errors import DataError, SelfplayError
 from selfplay.pairs import BestVsWorst, GoldVsCompletion, make_pair, make_selector, select_pairs, unusable_reason
 from selfplay.protocols import PairSelector
-from selfplay.recipe import PairsRecipe
+from selfplay.recipe_judges import PairsRecipe
 from selfplay.types import Completion, Group, Judgement, Message, PreferencePair, Prompt
 
 SCORE = st.one_of(st.none(), st.sampled_from([0.0, 0.5, 1.0]), st.floats(-10, 10))

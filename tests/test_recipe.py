@@ -9,8 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from selfplay.errors import RecipeError
-from selfplay.recipe import PairsRecipe, Recipe, VerifierRecipe, at_round
+from selfplay.recipe import Recipe
 from selfplay.recipe_file import check_recipe, load_recipe, parse_yaml
+from selfplay.recipe_judges import PairsRecipe, VerifierRecipe
+from selfplay.recipe_values import at_round
 from selfplay.train.settings import settings_at
 
 SMALL = """\

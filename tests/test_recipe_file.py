@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from selfplay.errors import RecipeError
-from selfplay.recipe import LLMJudgeRecipe, PythonJudgeRecipe, Recipe
+from selfplay.recipe import Recipe
 from selfplay.recipe_file import check_recipe, differences, dump_recipe, load_recipe, parse_yaml
+from selfplay.recipe_judges import LLMJudgeRecipe, PythonJudgeRecipe
 
 SMALL = """\
 model: m

@@ -7,8 +7,9 @@ from typing import Annotated
 import typer
 
 from selfplay.errors import RecipeError, StorageError
-from selfplay.recipe import LLMJudgeRecipe, PythonJudgeRecipe, Recipe
+from selfplay.recipe import Recipe
 from selfplay.recipe_file import load_recipe
+from selfplay.recipe_judges import LLMJudgeRecipe, PythonJudgeRecipe
 
 recipes_app = typer.Typer(help="List the recipes that come with selfplay, or copy one.")
 

@@ -10,8 +10,9 @@ from selfplay.errors import DataError, RecipeError, SelfplayError
 from selfplay.judges.template import load_template
 from selfplay.judges.verifier import validate_checks
 from selfplay.models import local_model
-from selfplay.recipe import JudgeRecipe, LLMJudgeRecipe, PythonJudgeRecipe, Recipe, VerifierRecipe
+from selfplay.recipe import Recipe
 from selfplay.recipe_file import load_recipe
+from selfplay.recipe_judges import JudgeRecipe, LLMJudgeRecipe, PythonJudgeRecipe, VerifierRecipe
 from selfplay.report import safe_text
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from selfplay.protocols import Judge
-from selfplay.recipe import CoinRecipe, JudgeRecipe, LLMJudgeRecipe, PythonJudgeRecipe, RougeLRecipe
+from selfplay.recipe_judges import CoinRecipe, JudgeRecipe, LLMJudgeRecipe, PythonJudgeRecipe, RougeLRecipe
 
 
 def make_judge(

@@ -30,8 +30,8 @@ from typing import Literal
 from pydantic import Field, PositiveInt, ValidationError, model_validator
 
 from selfplay.errors import RecipeError
-from selfplay.recipe import Section
 from selfplay.recipe_file import parse_yaml
+from selfplay.recipe_values import Section
 from selfplay.types import Completion, Message, Prompt
 
 # Counts changes to how verdicts are read; part of a judge's identity, so that old judgements aren't reused silently.

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from selfplay.recipe import TrainRecipe, at_round
+from selfplay.recipe_train import TrainRecipe
+from selfplay.recipe_values import at_round
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,24 @@
+"""What every section of a recipe is made of. A field of type PerRound takes a number, or a list with one value per round
+whose last value repeats.
+"""
+
+from typing import Annotated, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+
+T = TypeVar("T")
+PerRound = Annotated[
+    Annotated[T, Tag("one value")] | Annotated[list[T], Tag("per round"), Field(min_length=1)],
+    Discriminator(lambda value: "per round" if isinstance(value, list) else "one value"),
+]
+Share = Annotated[float, Field(gt=0, lt=1)]
+TopP = Annotated[float, Field(gt=0, le=1)]
+
+
+def at_round(value: T | list[T], round: int) -> T:
+    """The value of a PerRound field in a round (0-based); the last entry of a list repeats."""
+    return value[min(round, len(value) - 1)] if isinstance(value, list) else value
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
