@@ -53,7 +53,7 @@ endif
 # --- targets ----------------------------------------------------------------------------------------------------
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-vllm check format lint types mini-data clean
+.PHONY: help quickstart test test-vllm check format lint types mini-data bench clean
 # Two installs into one .venv at a time would corrupt it.
 .NOTPARALLEL:
 
@@ -91,6 +91,10 @@ types: $(VENV)/.test ## mypy --strict
 
 mini-data: $(VENV)/.engine-$(ENGINE) ## fetch the real rows of the mini recipes into data/
 	$(BIN)/python -m selfplay.mini_data data
+
+# Several measurements, up to half an hour: nothing else should run. BENCH="train-pair memory" runs some.
+bench: $(VENV)/.engine-$(ENGINE) $(VENV)/.test $(MODEL)/config.json ## time training against its peers
+	HF_HUB_OFFLINE=1 $(BIN)/python tests/benchmarks/bench.py $(BENCH)
 
 clean: ## remove .venv and caches; models/, data/ and runs/ stay
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis dist

@@ -22,7 +22,7 @@ from selfplay.commands.env import env_command
 from selfplay.commands.gguf import import_gguf_command
 from selfplay.commands.iterate import iterate_command
 from selfplay.commands.recipes import recipes_app
-from selfplay.commands.show import show_command, status_command
+from selfplay.commands.show import compare_command, show_command, status_command
 from selfplay.commands.stages import evaluate_command, generate_command, judge_command, pairs_command, train_command
 from selfplay.commands.validate import validate_command
 from selfplay.errors import RecipeError, SelfplayError, Stopped, StorageError
@@ -55,6 +55,7 @@ app.command("pairs")(pairs_command)
 app.command("train")(train_command)
 app.command("evaluate")(evaluate_command)
 app.command("status")(status_command)
+app.command("compare")(compare_command)
 app.command("show")(show_command)
 app.command("import-gguf")(import_gguf_command)
 app.add_typer(recipes_app, name="recipes")

@@ -34,6 +34,25 @@ def paired_gain(before: Mapping[str, float], after: Mapping[str, float]) -> tupl
     return (float(np.mean(both)), bootstrap_interval(both)) if both else None
 
 
+def pooled_gain(
+    before: Sequence[Mapping[str, float]], after: Sequence[Mapping[str, float]]
+) -> tuple[float, Interval] | None:
+    """Mean gain of several runs (seeds) over the prompts that all of them have, and its interval over runs and prompts
+    together: both are drawn anew in every resample, prompts the same for all runs, since runs share them. Few runs give
+    too narrow an interval. None without such prompts.
+    """
+    shared = sorted(set.intersection(*(set(scores) for scores in (*before, *after))))
+    if not shared:
+        return None
+    gains_RP = np.array([[b[id] - a[id] for id in shared] for a, b in zip(before, after, strict=True)])
+    draw = np.random.default_rng(0)
+    # the mean over drawn runs and prompts, by how often each is drawn
+    runs = draw.multinomial(len(gains_RP), [1 / len(gains_RP)] * len(gains_RP), RESAMPLES) / len(gains_RP)
+    prompts = draw.multinomial(len(shared), [1 / len(shared)] * len(shared), RESAMPLES) / len(shared)
+    low, high = np.quantile(((runs @ gains_RP) * prompts).sum(1), [0.025, 0.975])
+    return float(gains_RP.mean()), (float(low), float(high))
+
+
 def per_prompt_scores(groups: Sequence[Group], judgements: Sequence[Judgement]) -> dict[str, float]:
     """Mean score of each prompt's judged completions; a prompt without a verdict is left out."""
     scores = {}

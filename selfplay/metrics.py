@@ -1,12 +1,14 @@
 """Figures of a run, read from its finished files."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from selfplay import store
 from selfplay.errors import DataError
-from selfplay.evaluate import paired_gain
+from selfplay.evaluate import paired_gain, pooled_gain
+from selfplay.recipe_file import parse_yaml
 
 PANEL_KEYS = (
     "heldout_score",
@@ -47,6 +49,32 @@ def status(run: Path) -> dict[str, Any]:
     found["rounds"] = rounds
     for name, key in (("gain", "per_prompt"), ("greedy_gain", "per_prompt_greedy")):
         gain = paired_gain(initial[key], last[key]) if initial and last else None
+        found |= {name: gain[0] if gain else None, f"{name}_interval": list(gain[1]) if gain else None}
+    return found
+
+
+def compare(runs: Sequence[Path]) -> dict[str, Any]:
+    """Runs of one experiment, such as its seeds, side by side: `runs` holds seed, rounds, the figures of the initial and the
+    last policy and the gains of each; `gain` and `greedy_gain` are their means, with intervals over runs and prompts.
+    DataError where a run has no finished panel after training.
+    """
+    rows: list[dict[str, Any]] = []
+    panels: dict[str, list[tuple[dict[str, float], dict[str, float]]]] = {"gain": [], "greedy_gain": []}
+    for run in runs:
+        figures = status(run)
+        played = [f for f in sorted(run.glob("round-*")) if (f / "eval.json").exists()]
+        if not played or figures["gain"] is None:
+            raise DataError(f"{run}: no judged panel after a round of training, so there is no gain to compare")
+        before, after = _panel(run / "initial"), _panel(played[-1])
+        panels["gain"].append((before["per_prompt"], after["per_prompt"]))
+        panels["greedy_gain"].append((before["per_prompt_greedy"], after["per_prompt_greedy"]))
+        recipe, _ = parse_yaml(store.read_bytes(run / "recipe.yaml").decode(), str(run / "recipe.yaml"))
+        row = {"run": str(run), "seed": recipe["seed"], "num_rounds": len(played)}
+        row |= {"initial": {k: before.get(k) for k in PANEL_KEYS}, "last": {k: after.get(k) for k in PANEL_KEYS}}
+        rows.append(row | {k: v for k, v in figures.items() if "gain" in k})
+    found: dict[str, Any] = {"runs": rows}
+    for name, both in panels.items():
+        gain = pooled_gain([b for b, _ in both], [a for _, a in both])
         found |= {name: gain[0] if gain else None, f"{name}_interval": list(gain[1]) if gain else None}
     return found
 

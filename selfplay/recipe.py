@@ -10,7 +10,6 @@ from pydantic import (
     Field,
     NonNegativeFloat,
     NonNegativeInt,
-    PositiveFloat,
     PositiveInt,
     field_validator,
     model_validator,
@@ -20,6 +19,8 @@ from selfplay.errors import RecipeError
 from selfplay.recipe_judges import JudgeRecipe, PairsRecipe
 from selfplay.recipe_train import TrainRecipe
 from selfplay.recipe_values import PerRound, Section, Share, TopP
+
+Temperature = Annotated[float, Field(ge=0, le=2)]  # engines refuse more
 
 
 class PromptsRecipe(Section):
@@ -58,7 +59,7 @@ class ChatRecipe(Section):
 class GeneratorRecipe(Section):
     kind: Literal["auto", "vllm", "transformers", "scripted"] = "auto"
     num_completions: PerRound[PositiveInt] = 4
-    temperature: PerRound[NonNegativeFloat] = 1.0
+    temperature: PerRound[Temperature] = 1.0
     top_p: PerRound[TopP] = 1.0
     top_k: PerRound[NonNegativeInt] = 0
     min_p: PerRound[NonNegativeFloat] = 0.0
@@ -81,7 +82,7 @@ class EvaluateRecipe(Section):
     num_prompts: PositiveInt | None = None
     num_completions: PositiveInt = 4
     num_completions_between: PositiveInt | None = None
-    temperature: PositiveFloat = 1.0
+    temperature: Annotated[float, Field(gt=0, le=2)] = 1.0
     max_tokens: PositiveInt | None = None
     greedy: bool = True
     kl: bool = True

@@ -203,6 +203,34 @@ def print_gain(figures: Mapping[str, Any], console: Console) -> None:
         console.print("(means over held-out prompts; 95 % intervals from a bootstrap over prompts, paired)")
 
 
+def print_comparison(found: Mapping[str, Any], console: Console) -> None:
+    """Runs side by side and their mean gain; `found` is metrics.compare(runs)."""
+    table = _table("run", "score", "gain", "95 % interval", "greedy", "on topic", "length")
+    for column in table.columns:
+        column.no_wrap = True
+    for row in found["runs"]:
+        before, after = row["initial"], row["last"]
+
+        def change(key: str, digits: int = 3, before: Any = before, after: Any = after) -> str:
+            return f"{number(before[key], digits)} -> {number(after[key], digits)}"
+
+        table.add_row(
+            f"{safe_text(Path(row['run']).name)}, seed {row['seed']}",
+            change("heldout_score"),
+            number(row["gain"], 3, "+"),
+            interval(row["gain_interval"], "+"),
+            change("heldout_greedy"),
+            change("on_topic"),
+            change("mean_length", 0),
+        )
+    print_table("the initial and the last policy of each run, on the held-out prompts", table, console)
+    for name, key in (("sampled", "gain"), ("greedy", "greedy_gain")):
+        if found[key] is not None:
+            between = interval(found[f"{key}_interval"], "+")
+            console.print(f"mean gain of {len(found['runs'])} runs, {name}: {number(found[key], 3, '+')} {between}")
+    console.print("(95 % intervals: each run's over prompts, the mean's over runs and prompts together)")
+
+
 def print_compared(run: Path, figures: Mapping[str, Any], console: Console, *, count: int = NUM_COMPARED) -> None:
     """Held-out prompts with the first sampled completion of the initial and of the last policy side by side."""
     finished = [row["round"] for row in figures["rounds"] if row["mean_length"] is not None]

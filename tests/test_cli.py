@@ -72,6 +72,27 @@ def test_status_prints_json_of_every_policy_and_the_gain(run: Path, capsys: pyte
     assert low <= figures["gain"] <= high
 
 
+def test_compare_shows_a_row_for_each_run_and_their_mean_gain(
+    run: Path, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ok("status", run, "--json")
+    alone = json.loads(capsys.readouterr().out)
+    ok("compare", run, run, "--json")
+    found = json.loads(capsys.readouterr().out)
+    assert [row["gain"] for row in found["runs"]] == [alone["gain"]] * 2
+    assert found["gain"] == pytest.approx(alone["gain"])
+    assert found["greedy_gain"] == pytest.approx(alone["greedy_gain"])
+    ok("compare", run, run)
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("run, seed 0") for line in lines) == 2
+    assert max(map(len, lines)) <= 110
+    unplayed = tmp_path / "unplayed"
+    unplayed.mkdir()
+    shutil.copyfile(run / "recipe.yaml", unplayed / "recipe.yaml")
+    assert main(["compare", str(run), str(unplayed)]) == 65
+    assert "no judged panel" in capsys.readouterr().err
+
+
 def test_status_tells_of_a_round_that_is_not_finished(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

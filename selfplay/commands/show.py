@@ -9,8 +9,8 @@ import typer
 from selfplay import store
 from selfplay.commands.options import AsJson
 from selfplay.errors import DataError
-from selfplay.metrics import status
-from selfplay.report import make_console, print_group, print_pair, print_run
+from selfplay.metrics import compare, status
+from selfplay.report import make_console, print_comparison, print_group, print_pair, print_run
 from selfplay.types import Group, Judgement, PreferencePair
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)]
@@ -23,6 +23,18 @@ def status_command(run: RunFolder, as_json: AsJson = False) -> None:
         typer.echo(json.dumps(figures, indent=2))
     else:
         print_run(run, figures, make_console())
+
+
+def compare_command(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.", show_default=False)],
+    as_json: AsJson = False,
+) -> None:
+    """Put runs side by side, such as the seeds of a recipe, with their mean gain and its interval."""
+    found = compare(runs)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        print_comparison(found, make_console())
 
 
 def show_command(

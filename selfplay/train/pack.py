@@ -81,10 +81,14 @@ class _Shared:
         chosen = self.completions.index(pair.chosen_token_ids)
         self.pairs.append((index, chosen, self.completions.index(pair.rejected_token_ids)))
 
-    def cost(self, shared: bool, extra: Sequence[Tokens] = ()) -> int:
-        completions = [*self.completions, *extra]
-        prompts = 1 if shared else len(completions)
-        return prompts * len(self.prompt) + sum(map(len, completions))
+
+def _num_tokens(groups: Sequence[_Shared], shared: bool, extra: Sequence[Tokens] = ()) -> int:
+    """Tokens of a pack of these groups, with `extra` completions of the last one. Plain rows are padded to the longest."""
+    more = [*[()] * (len(groups) - 1), extra]
+    if shared:
+        return sum(len(g.prompt) + sum(map(len, [*g.completions, *new])) for g, new in zip(groups, more, strict=True))
+    rows = [len(g.prompt) + len(c) for g, new in zip(groups, more, strict=True) for c in (*g.completions, *new)]
+    return len(rows) * max(rows)
 
 
 def form_steps(
@@ -116,15 +120,15 @@ def build_packs(
     """The packs of some pairs, first fit by falling size. No pair is split; one that is longer than the cap has a pack of
     its own. `shared=False` gives plain padded rows, one per sequence.
     """
-    bins: list[tuple[int, list[_Shared]]] = []
-    for group in sorted(_groups(pairs, indices, max_pack_tokens, shared), key=lambda g: -g.cost(shared)):
-        cost = group.cost(shared)
-        place = next((n for n, (used, _) in enumerate(bins) if used + cost <= max_pack_tokens), None)
+    bins: list[list[_Shared]] = []
+    for group in sorted(_groups(pairs, indices, max_pack_tokens, shared), key=lambda g: -_num_tokens([g], shared)):
+        fitting = (b for b in bins if _num_tokens([*b, group], shared) <= max_pack_tokens)
+        place = next(fitting, None)
         if place is None:
-            bins.append((cost, [group]))
+            bins.append([group])
         else:
-            bins[place] = (bins[place][0] + cost, [*bins[place][1], group])
-    return [_tensors(groups, shared) for _, groups in bins]
+            place.append(group)
+    return [_tensors(groups, shared) for groups in bins]
 
 
 def _groups(pairs: Sequence[PreferencePair], indices: Sequence[int], cap: int, shared: bool) -> list[_Shared]:
@@ -133,7 +137,7 @@ def _groups(pairs: Sequence[PreferencePair], indices: Sequence[int], cap: int, s
     for index in indices:
         pair = pairs[index]
         group = open_groups.setdefault(pair.prompt_token_ids, _Shared(pair.prompt_token_ids))
-        if group.pairs and group.cost(shared, group.missing(pair)) > cap:
+        if group.pairs and _num_tokens([group], shared, group.missing(pair)) > cap:
             done.append(group)
             group = open_groups[pair.prompt_token_ids] = _Shared(pair.prompt_token_ids)
         group.add(index, pair)
