@@ -21,6 +21,7 @@ from selfplay import __version__
 from selfplay.commands.env import env_command
 from selfplay.commands.gguf import import_gguf_command
 from selfplay.commands.iterate import iterate_command
+from selfplay.commands.merge import merge_command
 from selfplay.commands.recipes import recipes_app
 from selfplay.commands.show import compare_command, show_command, status_command
 from selfplay.commands.stages import evaluate_command, generate_command, judge_command, pairs_command, train_command
@@ -57,6 +58,7 @@ app.command("evaluate")(evaluate_command)
 app.command("status")(status_command)
 app.command("compare")(compare_command)
 app.command("show")(show_command)
+app.command("merge")(merge_command)
 app.command("import-gguf")(import_gguf_command)
 app.add_typer(recipes_app, name="recipes")
 app.command("env")(env_command)

@@ -5,13 +5,14 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from selfplay.adapters import adapter_rank, base_folder, is_adapter
 from selfplay.chat import Chat
 from selfplay.errors import DataError
 from selfplay.recipe import ChatRecipe, GeneratorRecipe, Recipe
 
 
 def local_model(model: str) -> Path:
-    """The folder of a model: the path itself, or the hub snapshot of an id. DataError where there is neither."""
+    """The folder of a model or an adapter: the path itself, or the hub snapshot of an id. DataError where there is neither."""
     if Path(model).is_dir():
         folder = Path(model)
     elif model.startswith(("/", ".")):
@@ -26,7 +27,7 @@ def local_model(model: str) -> Path:
             )
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             raise DataError(f"model {model}: neither a folder here nor a model that the hub gives ({error})") from error
-    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
+    if not (base_folder(folder) / "config.json").is_file() or not any(folder.glob("*.safetensors")):
         raise DataError(
             f"model {model}: {folder} needs a config.json and .safetensors weights (see selfplay import-gguf)"
         )
@@ -82,7 +83,9 @@ def open_generator(recipe: GeneratorRecipe, model: Path, chat: Chat, *, seed: in
     assert recipe.kind in ("vllm", "transformers"), "auto is resolved by now"
     settings = EngineSettings(
         kind="vllm" if recipe.kind == "vllm" else "transformers",
-        model=str(model),
+        model=str(base_folder(model)),
+        adapter=str(model) if is_adapter(model) else None,
+        adapter_rank=adapter_rank(model) if is_adapter(model) else 0,
         dtype=recipe.dtype,
         max_model_len=recipe.max_model_len,
         gpu_memory_utilization=recipe.gpu_memory_utilization,

@@ -11,11 +11,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from selfplay.adapters import base_folder
 from selfplay.errors import DataError
 from selfplay.models import resolve_auto
 from selfplay.prompts import PromptPool, load_pool
 from selfplay.recipe import Recipe
 from selfplay.recipe_file import dump_recipe
+from selfplay.recipe_train import LoraRecipe
 from selfplay.recipe_values import at_round
 from selfplay.report import print_table
 from selfplay.train.settings import TrainSettings, settings_at
@@ -57,6 +59,7 @@ class Plan:
     panel_completions: int
     panel_tokens: int
     num_parameters: int | None
+    num_trained: int | None  # fewer with train.lora
     bytes_needed: int | None
     bytes_free: int
 
@@ -72,8 +75,9 @@ def make_plan(recipe: Recipe, out: Path) -> Plan:
     completions, tokens = _panel_work(recipe, len(pool.heldout[: recipe.evaluate.num_prompts]))
     folder = find_model(recipe.model)
     parameters = num_parameters(folder) if folder is not None else None
-    needed = None if parameters is None else _bytes_needed(recipe, rounds, tokens, parameters, out)
-    return Plan(recipe, pool, rounds, completions, tokens, parameters, needed, _bytes_free(out))
+    trained = None if folder is None else num_trained(folder, recipe.train.lora)
+    needed = None if trained is None else _bytes_needed(recipe, rounds, tokens, trained, out)
+    return Plan(recipe, pool, rounds, completions, tokens, parameters, trained, needed, _bytes_free(out))
 
 
 def _with_generator(recipe: Recipe) -> Recipe:
@@ -133,14 +137,34 @@ def find_model(model: str) -> Path | None:
 
 
 def num_parameters(folder: Path) -> int:
-    """Parameters in the .safetensors files of a model, from their headers alone."""
+    """Parameters in the .safetensors files of a model (of its base, for an adapter), from their headers alone."""
+    return sum(math.prod(shape) for shape in _shapes(base_folder(folder)).values())
+
+
+def num_trained(folder: Path, lora: LoraRecipe | None) -> int:
+    """Parameters that training changes: all, or those of an adapter, which are r (n + m) for each n x m matrix."""
+    if lora is None:
+        return num_parameters(folder)
+    base = base_folder(folder)
+    vocabulary = json.loads((base / "config.json").read_text()).get("vocab_size")
+    total = 0
+    for name, shape in _shapes(base).items():
+        module = name.removesuffix(".weight").rpartition(".")[2]
+        # peft's all-linear leaves out the head; embeddings are no linear layers
+        asked = vocabulary not in shape if lora.target_modules == "all-linear" else module in lora.target_modules
+        if asked and len(shape) == 2 and name.endswith(".weight"):
+            total += lora.r * sum(shape)
+    return total
+
+
+def _shapes(folder: Path) -> dict[str, list[int]]:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise DataError(f"model {folder}: no .safetensors weights in this folder (see selfplay import-gguf)")
-    return sum(_parameters_in(file) for file in files)
+    return {name: shape for file in files for name, shape in _shapes_in(file).items()}
 
 
-def _parameters_in(file: Path) -> int:
+def _shapes_in(file: Path) -> dict[str, list[int]]:
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if length > file.stat().st_size:
@@ -149,7 +173,7 @@ def _parameters_in(file: Path) -> int:
             header = json.loads(stream.read(length))
         except ValueError as error:
             raise DataError(f"{file}: no safetensors file ({error}); fetch it again") from error
-    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
 
 
 def _bytes_needed(recipe: Recipe, rounds: tuple[RoundPlan, ...], panel_tokens: int, parameters: int, out: Path) -> int:
@@ -213,14 +237,18 @@ def _work_table(plan: Plan) -> Table:
     return table
 
 
+def _trained_part(plan: Plan) -> str:
+    """How many of them an adapter trains; nothing to say where all are trained."""
+    return "" if plan.recipe.train.lora is None else f", an adapter of {(plan.num_trained or 0) / 1e6:.1f} M trained"
+
+
 def _print_disk(plan: Plan, console: Console) -> None:
     free = f"{plan.bytes_free / GB:.2f} GB free"
     if plan.bytes_needed is None:
         console.print(f"disk: unknown, for {plan.recipe.model} is not on this machine; {free}", markup=False)
         return
-    console.print(
-        f"disk: about {plan.bytes_needed / GB:.2f} GB needed "
-        f"({(plan.num_parameters or 0) / 1e6:.1f} M parameters, policies in {plan.recipe.train.save_dtype}); {free}"
-    )
+    size = f"{(plan.num_parameters or 0) / 1e6:.1f} M parameters{_trained_part(plan)}"
+    dtype = plan.recipe.train.save_dtype
+    console.print(f"disk: about {plan.bytes_needed / GB:.2f} GB needed ({size}, policies in {dtype}); {free}")
     if plan.bytes_needed > plan.bytes_free:
         console.print("warning: the disk has too little room for this run; free some or take another --out")

@@ -9,6 +9,17 @@ from selfplay.recipe_values import PerRound, Section
 LossName = Literal["sigmoid", "sft"]
 
 
+class LoraRecipe(Section):
+    """A LoRA adapter in place of full weights, under peft's names. There is no dropout: the policy must equal its reference
+    before the first step.
+    """
+
+    r: PositiveInt = 16
+    lora_alpha: PositiveInt = 32
+    target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
+    use_rslora: bool = False
+
+
 class TrainRecipe(Section):
     """The DPO step. `batch_size` counts pairs per optimizer step over all devices."""
 
@@ -31,6 +42,7 @@ class TrainRecipe(Section):
     max_pack_tokens: PositiveInt = 2048
     bf16: bool | Literal["auto"] = "auto"
     gradient_checkpointing: bool = False
+    lora: LoraRecipe | None = None
     reference: Literal["prior", "initial"] = "prior"
     optimizer_state: Literal["fresh", "carried"] = "fresh"
     schedule_scope: Literal["round", "run"] = "round"

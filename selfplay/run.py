@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from selfplay import store
+from selfplay.adapters import check_lora
 from selfplay.chat import Chat
 from selfplay.errors import RecipeError
 from selfplay.judges import make_judge
@@ -81,6 +82,7 @@ def start_run(
         recipe.check_judged()
     recipe = _same_recipe(recipe, folder)
     initial = local_model(recipe.model)
+    check_lora(initial, recipe.train.lora)
     chat = load_chat(str(initial), recipe.chat)
     pool = load_pool(recipe.prompts, seed=recipe.seed, chat=chat)
     for reason, count in Counter(drop.reason for drop in pool.drops).items():

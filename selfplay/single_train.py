@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from selfplay import store
+from selfplay.adapters import check_lora
 from selfplay.chat import Chat
 from selfplay.errors import DataError, RecipeError
 from selfplay.models import load_chat, local_model, resolve_auto
@@ -40,6 +41,7 @@ def train(recipe: Recipe, inputs: TrainInputs, out: Path, report: Reporter) -> d
     recipe = resolve_auto(recipe)
     _check_inputs(recipe, inputs)
     folder = local_model(inputs.model)
+    check_lora(folder, recipe.train.lora)
     chat = load_chat(str(folder), recipe.chat)
     job = make_job(recipe, inputs, folder, out, chat)
     with claimed(out, _identity(job, inputs)):

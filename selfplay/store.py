@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from selfplay.adapters import base_folder, is_adapter
 from selfplay.errors import LockedError, StorageError
 from selfplay.types import Drop, Group, Judgement, PreferencePair, Prompt
 
@@ -35,10 +36,12 @@ def file_digest(path: Path) -> str:
 
 
 def weights_digest(folder: Path) -> str:
-    """SHA-256 over the weight files of a model folder: what a policy is, wherever it lies."""
+    """SHA-256 over the weight files of a model folder, an adapter's base included: what a policy is, wherever it lies."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise StorageError(f"{folder}: no .safetensors weights in this folder")
+    if is_adapter(folder):
+        files += sorted(base_folder(folder).glob("*.safetensors"))
     return hashlib.sha256("".join(file_digest(file) for file in files).encode()).hexdigest()
 
 

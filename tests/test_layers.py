@@ -20,6 +20,7 @@ ORDER = (
     "recipe_train",
     "recipe",
     "recipe_file",
+    "adapters",
     "store",
     "progress",
     "chat",

@@ -43,11 +43,14 @@ class EngineSettings:
     `gpu_memory_utilization` and `engine_args` are vLLM's own (on a CPU the first is a share of the machine's memory,
     read only where VLLM_CPU_KVCACHE_SPACE is not used). `tensor_parallel_size` devices serve one replica, and there are
     `data_parallel_size` replicas. `max_batch_size` is the number of sequences at once; None is the engine's default.
+    `adapter` is the folder of a LoRA adapter on `model`, `adapter_rank` its largest rank.
     `stop_token_ids` end a completion; nothing else that a model folder says about sampling is used.
     """
 
     kind: Literal["vllm", "transformers"]
     model: str
+    adapter: str | None = None
+    adapter_rank: int = 0
     dtype: str = "auto"
     max_model_len: int | None = None
     gpu_memory_utilization: float = 0.9

@@ -8,12 +8,14 @@ Shapes: U distinct prompts of a batch, S sequences, P prompt tokens, T tokens so
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
+from selfplay.adapters import load_adapter
 from selfplay.errors import DataError, RecipeError
 from selfplay.generators import attention
 from selfplay.generators.engine import EngineSettings, Request, Result
@@ -58,6 +60,8 @@ class TransformersEngine:
                 "attn_implementation": _attention(config),
             }
             self._model = AutoModelForCausalLM.from_pretrained(settings.model, **{**arguments, **settings.engine_args})
+            if settings.adapter is not None:
+                self._model = load_adapter(self._model, Path(settings.adapter), trainable=False)
         except (OSError, ValueError) as error:
             raise DataError(f"{settings.model}: the model could not be loaded ({error})") from error
         self._model.to(self._device).eval()

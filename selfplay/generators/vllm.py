@@ -11,9 +11,11 @@ from typing import Any
 
 from vllm import LLM, SamplingParams
 from vllm.inputs.engine import tokens_input
+from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 from vllm.sampling_params import MAX_LOGPROB_TOKEN_IDS, RequestOutputKind
 
+from selfplay.adapters import served_rank
 from selfplay.errors import GeneratorError
 from selfplay.generators.engine import EngineSettings, Request, Result
 
@@ -25,6 +27,7 @@ class VllmEngine:
         self._settings = settings
         self._llm = LLM(**engine_arguments(settings, on_cpu=current_platform.is_cpu()))
         self._engine = self._llm.llm_engine
+        self._lora = LoRARequest("policy", 1, settings.adapter) if settings.adapter is not None else None
 
     @property
     def max_model_len(self) -> int:
@@ -61,7 +64,7 @@ class VllmEngine:
     def _run(self, work: Sequence[tuple[str, tuple[int, ...], SamplingParams]]) -> Iterator[Any]:
         self._engine.reset_prefix_cache()
         for name, ids, parameters in work:
-            self._engine.add_request(name, tokens_input(list(ids)), parameters)
+            self._engine.add_request(name, tokens_input(list(ids)), parameters, lora_request=self._lora)
         while self._engine.has_unfinished_requests():
             yield from (output for output in self._engine.step() if output.finished)
 
@@ -95,6 +98,8 @@ def engine_arguments(settings: EngineSettings, *, on_cpu: bool) -> dict[str, Any
         "generation_config": "vllm",
         "logprobs_mode": "raw_logprobs",
     }
+    if settings.adapter is not None:
+        arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": served_rank(settings.adapter_rank)}
     if on_cpu:
         # A seeded request whose prefill is chunked kills the CPU engine ("CPU Generator does not use offset"), so whole
         # prefills only; that needs room for the longest prompt in one step. The step is eager: compiling costs more

@@ -109,7 +109,9 @@ def run_training(job: TrainJob, progress: Progress = _silent) -> dict[str, Any]:
     torch.manual_seed(job.seed)
     device = default_device()
     accelerator = Accelerator(cpu=device.type == "cpu")
-    model = load_model(job.policy, gradient_checkpointing=settings.gradient_checkpointing).to(device)
+    model = load_model(job.policy, lora=settings.lora, gradient_checkpointing=settings.gradient_checkpointing).to(
+        device
+    )
     shared, probe = _probe(model, device)
     dtype = torch.bfloat16 if settings.bf16 else torch.float32
     masters = Masters(model, compute_dtype=dtype)

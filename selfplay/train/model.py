@@ -3,16 +3,19 @@
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from selfplay.adapters import base_folder, is_adapter, load_adapter
 from selfplay.errors import DataError
 from selfplay.store import write_folder
 from selfplay.train import attention
 from selfplay.train.logps import TokenLogps
+from selfplay.train.lora import add_adapter, write_adapter
 from selfplay.train.optim import Masters
 from selfplay.train.pack import build_packs
 from selfplay.types import Message, PreferencePair
@@ -31,14 +34,18 @@ TOKENIZER_FILES = (
 )
 
 
-def load_model(path: str, *, gradient_checkpointing: bool = False) -> Any:
-    """The causal LM at `path` in fp32, without dropout, ready for packs. DataError where it can't be loaded."""
+def load_model(path: str, *, lora: Mapping[str, Any] | None = None, gradient_checkpointing: bool = False) -> Any:
+    """The causal LM at `path` in fp32, without dropout, ready for packs; where `path` is a LoRA adapter, its base with the
+    adapter in place. `lora` (a recipe's train.lora) makes the adapter the only thing that trains, a fresh one where the
+    model has none. DataError where it can't be loaded.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    folder = base_folder(Path(path))
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(folder)
         kind = AutoModelForCausalLM._model_mapping[type(config)]
         # sdpa ignores attention soft-caps; recurrent and ALiBi models don't have it
         softcap = config.get_text_config().to_dict().get("attn_logit_softcapping")
@@ -46,9 +53,13 @@ def load_model(path: str, *, gradient_checkpointing: bool = False) -> Any:
         if kernel == "sdpa" and kind._supports_attention_backend:
             attention.register()
             kernel = attention.IMPLEMENTATION
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=kernel)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=kernel)
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{path}: no causal language model could be loaded from here ({error})") from error
+    if is_adapter(Path(path)):
+        model = load_adapter(model, Path(path), trainable=lora is not None)
+    elif lora is not None:
+        model = add_adapter(model, lora)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -125,22 +136,33 @@ def _bare_pair(prompt: tuple[int, ...], chosen: tuple[int, ...], rejected: tuple
 
 
 def save_policy(model: Any, masters: Masters, source: str, out: Path, *, dtype: str, chat_template: str | None) -> None:
-    """A Hugging Face checkpoint of the masters at `out`, written whole. Tokenizer and generation config are the source's own
-    files, byte for byte: saving a tokenizer anew may order its tokens differently in every process.
+    """A Hugging Face checkpoint of the masters at `out`, written whole: an adapter in peft's format where an adapter was
+    trained. Tokenizer and generation config are the source's own files, byte for byte: saving a tokenizer anew may order
+    its tokens differently in every process.
     """
     target = getattr(torch, dtype)
     state = {name: weight.to(target).contiguous() for name, weight in masters.named()}
+    is_lora = any(".lora_" in name for name in state)
     tied = set(model._tied_weights_keys or ())
-    others = {k: v for k, v in model.state_dict().items() if k not in state and k not in tied}
-    state |= {k: v.to(target) for k, v in others.items() if v.is_floating_point()}
+    if not is_lora:
+        others = {k: v for k, v in model.state_dict().items() if k not in state and k not in tied}
+        state |= {k: v.to(target) for k, v in others.items() if v.is_floating_point()}
 
     def write(folder: Path) -> None:
-        model.save_pretrained(folder, state_dict=state)
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | {"dtype": dtype}, indent=2) + "\n")
-        for file in {f for pattern in TOKENIZER_FILES for f in Path(source).glob(pattern) if f.is_file()}:
-            shutil.copyfile(file, folder / file.name)
+        if is_lora:
+            write_adapter(model, state, base_folder(Path(source)), folder)
+        else:
+            model.save_pretrained(folder, state_dict=state)
+            config = json.loads((folder / "config.json").read_text())
+            (folder / "config.json").write_text(json.dumps(config | {"dtype": dtype}, indent=2) + "\n")
+        copy_tokenizer(Path(source), folder)
         if chat_template is not None:
             (folder / "chat_template.jinja").write_text(chat_template)
 
     write_folder(out, write)
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """The files of a model folder that say how text becomes ids and how completions end."""
+    for file in {f for pattern in TOKENIZER_FILES for f in source.glob(pattern) if f.is_file()}:
+        shutil.copyfile(file, target / file.name)

@@ -30,6 +30,7 @@ class TrainSettings:
     max_pack_tokens: int
     bf16: bool
     gradient_checkpointing: bool
+    lora: dict[str, Any] | None  # recipe_train.LoraRecipe; None trains all weights
     shuffle: bool
     save_dtype: str
     max_audit_difference: float
@@ -70,4 +71,5 @@ def settings_at(recipe: TrainRecipe, round: int, *, bf16: bool) -> TrainSettings
     values: dict[str, Any] = {name: at_round(getattr(recipe, name), round) for name in TrainSettings.__slots__}
     names = recipe.loss_type if isinstance(recipe.loss_type, list) else [recipe.loss_type]
     values |= {"loss_type": names, "loss_weights": recipe.loss_weights or [1.0] * len(names), "bf16": bf16}
+    values["lora"] = recipe.lora.model_dump() if recipe.lora is not None else None
     return TrainSettings(**values)
