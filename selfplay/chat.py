@@ -6,7 +6,7 @@ data or from a model never becomes a special token: where a message spells one, 
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -114,20 +114,22 @@ class Chat:
         add_generation_prompt: bool = True,
     ) -> tuple[int, ...]:
         """Token ids of the rendered messages, with exactly the special tokens that the template itself writes."""
-        spelled = [s for s in self._special if any(s in m.content for m in messages)]
+        texts = [*(m.content for m in messages), *_strings(tools)]
+        spelled = [s for s in self._special if any(s in text for text in texts)]
         if not spelled:
             text = self.render(messages, tools=tools, add_generation_prompt=add_generation_prompt)
             return self._encode(text)
         start = _OPEN
-        while any(start in m.content for m in messages):  # a message may hold these characters itself
+        while any(start in text for text in texts):  # a message may hold these characters itself
             start += _OPEN
-        hidden = []
-        for message in messages:
-            content = message.content
+
+        def hide(text: str) -> str:
             for index, special in enumerate(spelled):
-                content = content.replace(special, f"{start}{index}{_CLOSE}")
-            hidden.append(Message(message.role, content))
-        text = self.render(hidden, tools=tools, add_generation_prompt=add_generation_prompt)
+                text = text.replace(special, f"{start}{index}{_CLOSE}")
+            return text
+
+        hidden = [Message(m.role, hide(m.content)) for m in messages]
+        text = self.render(hidden, tools=_mapped(tools, hide), add_generation_prompt=add_generation_prompt)
         ids: list[int] = []
         for place, part in enumerate(re.split(f"{start}([0-9]+){_CLOSE}", text)):  # odd places are the numbers
             ids += self._encode(spelled[int(part)], as_text=True) if place % 2 else self._encode(part)
@@ -195,3 +197,24 @@ class Chat:
     def template_digest_text(self) -> str:
         """What decides how messages become ids; part of a run's identity."""
         return json.dumps([self.tokenizer.chat_template, self.template_kwargs, self.reasoning_tags], sort_keys=True)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every text inside a JSON value, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from (key, *_strings(item))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _strings(item)
+
+
+def _mapped(value: Any, change: Callable[[str], str]) -> Any:
+    """A JSON value with every text inside it changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {change(key): _mapped(item, change) for key, item in value.items()}
+    return [_mapped(item, change) for item in value] if isinstance(value, list | tuple) else value

@@ -117,6 +117,16 @@ def test_tools_are_rendered() -> None:
     assert chat.tokenizer.decode(chat.encode_prompt(named)).startswith("search<|bos|>")
 
 
+def test_special_tokens_spelled_in_tools_are_text_as_well() -> None:
+    chat = made("{% if tools %}{{ tools | tojson }}{% endif %}" + TEMPLATE)
+    tool = {"name": "end<|end|>", "parameters": {"<|user|>": ["<|assistant|>", 3]}}
+    ids = chat.encode_prompt(Prompt("x", (Message("user", "hi"),), tools=(tool,)))
+    assert specials(ids) == specials(CHAT.encode_prompt(prompt_of("hi")))
+    text = chat.tokenizer.decode(ids)
+    for word in ("end<|end|>", "<|user|>", "<|assistant|>", "3"):
+        assert word in text
+
+
 def test_a_template_that_ends_no_turn_gets_the_first_stop_token() -> None:
     chat = made(
         "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
