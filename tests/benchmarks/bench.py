@@ -9,139 +9,66 @@ benchmark first compares gradients in fp32; where they differ its ratio does not
 import argparse
 import json
 import os
-import platform
 import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Sequence
-from importlib.metadata import version
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from flops import Size, padded_flops, shared_flops
 from rich.console import Console
 from rich.table import Table
-from work import make_work
+from runs import MODEL, ROOT, Result, interleaved, versions
+from training import MEMORY, TRAINING, gemm_rate, measure
 
-ROOT = Path(__file__).parents[2]
-MODEL = ROOT / "models" / "smollm2-135m-instruct"
 OUT = ROOT / ".bench"
-TRAINING = ("train-pair", "train-long-prompt", "train-group-m3", "train-group-m6")
-MEMORY = ("memory", "memory-double")
-GRADIENT_BOUND = 1e-4  # relative L2, fp32
+GENERATION = str(Path(__file__).with_name("generation.py"))
+# id -> (peers, ours first; what is compared: tokens per second, or seconds)
+ENGINES: dict[str, tuple[tuple[str, ...], str]] = {
+    "generate": (("vllm", "transformers", "transformers.generate"), "tokens_per_second"),
+    "hand-off": (("hand-off",), "seconds"),
+    "judge": (("judge", "judge, rubric last"), "seconds"),
+}
+IDS = (*TRAINING, *MEMORY, *ENGINES)
 GIB = 2**30
-Result = dict[str, Any]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("ids", nargs="*", metavar="ID", help=f"of {', '.join((*TRAINING, *MEMORY))}; none: all")
+    parser.add_argument("ids", nargs="*", metavar="ID", help=f"of {', '.join(IDS)}; none: all")
     parser.add_argument("--runs", type=int, default=3, help="runs of each peer (default 3)")
     chosen = parser.parse_args()
-    unknown = set(chosen.ids) - {*TRAINING, *MEMORY}
-    if unknown:
-        parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join((*TRAINING, *MEMORY))}")
+    if unknown := set(chosen.ids) - set(IDS):
+        parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(IDS)}")
     if not (MODEL / "config.json").exists():
-        parser.error(f"{MODEL} is missing: make model")
+        parser.error(f"{MODEL} is missing: make quickstart fetches it")
     OUT.mkdir(exist_ok=True)
     rate = gemm_rate()
     print(f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, bf16 GEMM {rate / 1e9:.0f} GFLOP/s", flush=True)
     results = []
-    for id in chosen.ids or (*TRAINING, *MEMORY):
-        result = measure(id, chosen.runs, rate)
+    for id in chosen.ids or IDS:
+        result = measure_engines(id, chosen.runs) if id in ENGINES else measure(id, chosen.runs, rate)
         (OUT / f"{id}.json").write_text(json.dumps(result, indent=2) + "\n")
         results.append(result)
-    print_results(results)
+    console = Console(width=160)
+    print_training([r for r in results if r["id"] not in ENGINES], console)
+    print_engines([r for r in results if r["id"] in ENGINES], console)
 
 
-def measure(id: str, runs: int, rate: float) -> Result:
-    """Times all peers of a benchmark. Ratios are of seconds (of peak bytes for memory): theirs / ours."""
-    names = ("selfplay", "selfplay, engine logps", "trl tuned", "trl default", "naive")
-    check = gradient_check(id)
-    print(f"{id}: gradient check {check:.1e} ({'ok' if check <= GRADIENT_BOUND else 'FAILED: ratios do not count'})")
-    found: dict[str, list[Result]] = {name: [] for name in names}
-    for run in range(runs):
-        for name in names:
-            found[name].append(timed(name, id))
-            print(f"  run {run + 1}, {name}: {found[name][-1]['seconds']:.1f} s", flush=True)
-    key = "peak_bytes" if id in MEMORY else "seconds"
-    middle = {name: statistics.median(r[key] for r in rows) for name, rows in found.items()}
-    size, work = model_size(), make_work(id)
-    least = shared_flops(size, work.pairs, reference_pass=True)
-    theirs = padded_flops(size, work.pairs, batch_size=1, reference_pass=True)
-    seconds = statistics.median(r["seconds"] for r in found["selfplay"])
-    return {
-        "id": id,
-        "measures": key,
-        "ratio_tuned": middle["trl tuned"] / middle["selfplay"],
-        "ratio_tuned_engine_logps": middle["trl tuned"] / middle["selfplay, engine logps"],
-        "ratio_default": middle["trl default"] / middle["selfplay"],
-        "ratio_naive": middle["naive"] / middle["selfplay"],
-        "bound": theirs / least,
-        "percent_of_limit": 100 * least / (seconds * rate),
-        "gemm_flops_per_second": rate,
-        "gradient_check": check,
-        "counts": check <= GRADIENT_BOUND,
-        "peers": {n: {k: [r[k] for r in rows] for k in ("seconds", "peak_bytes")} for n, rows in found.items()},
-        "versions": {p: version(p) for p in ("torch", "transformers", "trl", "accelerate")}
-        | {"python": platform.python_version()},
-    }
+def measure_engines(id: str, runs: int) -> Result:
+    """Times the peers of a benchmark of engines; ratios are to the last peer, above 1 where ours is faster."""
+    names, measured = ENGINES[id]
+    print(f"{id}:", flush=True)
+    found = interleaved({name: [GENERATION, name, str(MODEL)] for name in names}, runs)
+    rows = {name: [r | {"tokens_per_second": r["tokens"] / r["seconds"]} for r in peer] for name, peer in found.items()}
+    middle = {name: statistics.median(r[measured] for r in peer) for name, peer in rows.items()}
+    last = middle[names[-1]]
+    ratios = {n: middle[n] / last if measured == "tokens_per_second" else last / middle[n] for n in names[:-1]}
+    return {"id": id, "measures": measured, "ratios": ratios, "peers": rows, "versions": versions()}
 
 
-def timed(peer: str, id: str) -> Result:
-    """Seconds and peak bytes of one run, in a process of its own."""
-    command = [sys.executable, str(Path(__file__).with_name("peer.py")), peer, id, str(MODEL), "bf16"]
-    done = subprocess.run(command, capture_output=True, text=True, env=_environment(), check=False)
-    if done.returncode != 0:
-        sys.exit(f"{peer} failed on {id}:\n{done.stderr}")
-    found: Result = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
-def _environment() -> dict[str, str]:
-    return {"OMP_NUM_THREADS": str(torch.get_num_threads()), "HF_HUB_OFFLINE": "1", **os.environ}
-
-
-def gradient_check(id: str) -> float:
-    """Relative L2 distance of the first step's gradient from that of plain rows and two models, fp32."""
-    from peers import gradient_of_naive, gradient_of_ours
-
-    work = make_work(id)
-    own, plain = gradient_of_ours(str(MODEL), work), gradient_of_naive(str(MODEL), work)
-    return float((own - plain).norm() / plain.norm())
-
-
-def model_size() -> Size:
-    """Of the benchmark's model: decoder weights without embeddings, and the head."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(MODEL)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    head = config.vocab_size * config.hidden_size
-    embeddings = head if config.tie_word_embeddings else 2 * head
-    return Size(sum(p.numel() for p in model.parameters()) - embeddings, head)
-
-
-def gemm_rate() -> float:
-    """FLOPs per second of bf16 matrix products of this model's kind, the best of several: the limit to be judged by."""
-    left, right = (torch.randn(1536, 1536).bfloat16() for _ in range(2))
-
-    def once() -> float:
-        started = time.perf_counter()
-        for _ in range(10):
-            left @ right
-        return 10 * 2 * 1536**3 / (time.perf_counter() - started)
-
-    once()
-    return max(once() for _ in range(5))
-
-
-def print_results(results: Sequence[Result]) -> None:
-    """One table: a row per benchmark."""
-    table = Table(box=None, pad_edge=False)
+def print_training(results: Sequence[Result], console: Console) -> None:
+    """A row per training benchmark."""
+    if not results:
+        return
     columns: dict[str, Callable[[Result], str]] = {
         "benchmark": lambda r: r["id"],
         "selfplay": lambda r: _spread(r, "selfplay"),
@@ -150,26 +77,49 @@ def print_results(results: Sequence[Result]) -> None:
         "x tuned": lambda r: f"{r['ratio_tuned']:.2f}",
         "x engine logps": lambda r: f"{r['ratio_tuned_engine_logps']:.2f}",
         "x default": lambda r: f"{r['ratio_default']:.2f}",
-        "bound": lambda r: "-" if r["measures"] == "peak_bytes" else f"{r['bound']:.2f}",
+        "bound": lambda r: "-" if r["bound"] is None else f"{r['bound']:.2f}",
         "% of limit": lambda r: f"{r['percent_of_limit']:.0f}",
         "gradient": lambda r: f"{r['gradient_check']:.0e}" + ("" if r["counts"] else " FAILED"),
     }
-    for name in columns:
-        table.add_column(name, justify="left" if name == "benchmark" else "right", no_wrap=True)
-    for result in results:
-        table.add_row(*(show(result) for show in columns.values()))
-    console = Console(width=160)
-    console.print(table)
+    _print(columns, results, console)
     console.print(
         "seconds (memory: peak GiB above the imports), median [min, max]; x: theirs / ours; bound: the ratio to TRL tuned that "
         "counting FLOPs allows; limit: least FLOPs at the GEMM rate above"
     )
 
 
-def _spread(result: Result, peer: str) -> str:
-    unit, digits = (GIB, 2) if result["measures"] == "peak_bytes" else (1, 1)
-    values = sorted(value / unit for value in result["peers"][peer][result["measures"]])
-    return f"{statistics.median(values):.{digits}f} [{values[0]:.{digits}f}, {values[-1]:.{digits}f}]"
+def print_engines(results: Sequence[Result], console: Console) -> None:
+    """A row per peer of the other benchmarks."""
+    rows = [(result, name) for result in results for name in result["peers"]]
+    if not rows:
+        return
+    table = Table(box=None, pad_edge=False)
+    for column in ("benchmark", "peer", "seconds", "tokens/s", "ratio"):
+        table.add_column(column, justify="left" if column in ("benchmark", "peer") else "right", no_wrap=True)
+    for result, name in rows:
+        ratio = result["ratios"].get(name)
+        tokens = "-" if result["measures"] == "seconds" else _spread(result, name, "tokens_per_second", 0)
+        shown = "" if ratio is None else f"{ratio:.2f}"
+        table.add_row(result["id"], name, _spread(result, name, "seconds"), tokens, shown)
+    console.print(table)
+    console.print("median [min, max]; ratio: to the last peer of the benchmark, above 1 where ours is faster")
+
+
+def _print(columns: Mapping[str, Callable[[Result], str]], results: Sequence[Result], console: Console) -> None:
+    table = Table(box=None, pad_edge=False)
+    for name in columns:
+        table.add_column(name, justify="left" if name == "benchmark" else "right", no_wrap=True)
+    for result in results:
+        table.add_row(*(show(result) for show in columns.values()))
+    console.print(table)
+
+
+def _spread(result: Result, peer: str, measured: str | None = None, digits: int | None = None) -> str:
+    measured = measured or result["measures"]
+    unit, places = (GIB, 2) if measured == "peak_bytes" else (1, 1)
+    values = sorted(row[measured] / unit for row in result["peers"][peer])
+    places = places if digits is None else digits
+    return f"{statistics.median(values):.{places}f} [{values[0]:.{places}f}, {values[-1]:.{places}f}]"
 
 
 if __name__ == "__main__":
