@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from selfplay.errors import DataError
+from selfplay.recipe_file import names_template_file
 from selfplay.types import Completion, FinishReason, Message, Prompt
 
 # Private-use characters: OPEN, a number and CLOSE stand in for a special token's spelling while the template renders.
@@ -66,9 +67,7 @@ class Chat:
         except (OSError, ValueError) as error:
             raise DataError(f"{model}: no tokenizer could be loaded ({error})") from error
         if chat_template is not None:
-            file = Path(chat_template)
-            is_file = len(chat_template) < 1000 and "\n" not in chat_template and file.is_file()
-            tokenizer.chat_template = file.read_text(encoding="utf-8") if is_file else chat_template
+            tokenizer.chat_template = _template_text(chat_template)
         stops: list[int] = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         try:
             declared = GenerationConfig.from_pretrained(model).eos_token_id
@@ -197,6 +196,18 @@ class Chat:
     def template_digest_text(self) -> str:
         """What decides how messages become ids; part of a run's identity."""
         return json.dumps([self.tokenizer.chat_template, self.template_kwargs, self.reasoning_tags], sort_keys=True)
+
+
+def _template_text(chat_template: str) -> str:
+    """A template that is given as text, or as the name of a file. DataError where that file can't be read."""
+    if not names_template_file(chat_template):
+        return chat_template
+    try:
+        return Path(chat_template).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"chat.chat_template: {chat_template} is no template (it has no Jinja tag) and no file that can be read ({error})"
+        ) from error
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -70,10 +70,12 @@ def panel_figures(
     greedy_judgements: Sequence[Judgement] | None,
     *,
     kl: float | None,
+    temperature: float,
 ) -> dict[str, Any]:
     """The panel's figures under the names of `selfplay status --json`. A figure that could not be had is None.
 
-    Lengths are tokens; entropy and kl are nats per token, estimated on the temperature-1 completions.
+    Lengths are tokens; entropy and kl are nats per token, estimated on completions sampled at `temperature` 1, and None at
+    any other: the engine's logps are the policy's own, and no expectation under another distribution.
     """
     completions = [c for group in groups for c in group.completions]
     figures: dict[str, Any] = {
@@ -82,7 +84,7 @@ def panel_figures(
         "on_topic": _on_topic_rate(groups),
         "mean_length": _mean([len(c.token_ids) for c in completions]),
         "truncated": _mean([c.finish_reason == "length" for c in completions]),
-        "entropy": entropy(completions),
+        "entropy": entropy(completions) if temperature == 1.0 else None,
         "kl": kl,
         "heldout_score": None,
         "heldout_interval": None,

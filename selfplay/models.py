@@ -53,7 +53,9 @@ def _computes_bf16() -> bool:
 
     if torch.cuda.is_available():
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    from selfplay.generators.environment import cpu_computes_bf16
+
+    return cpu_computes_bf16()
 
 
 def load_chat(model: str, recipe: ChatRecipe) -> Chat:

@@ -74,7 +74,14 @@ class Panel:
                 kl = 0.0 if is_initial else self._kl(folder / "heldout" / "temperature", initial)
             groups, judgements = self._read(folder / "heldout", "temperature")
             greedy_groups, greedy_judgements = self._read(folder / "heldout", "greedy")
-            figures = panel_figures(groups, judgements, greedy_groups, greedy_judgements, kl=kl)
+            figures = panel_figures(
+                groups,
+                judgements,
+                greedy_groups,
+                greedy_judgements,
+                kl=kl,
+                temperature=self.recipe.evaluate.temperature,
+            )
             store.write_json(path, figures)
         found: dict[str, Any] = store.read_json(path)
         return found

@@ -32,8 +32,8 @@ class PromptPool:
 
     @property
     def digest(self) -> str:
-        """Changes when any prompt, gold answer or check does."""
-        rows = [[p.id, p.gold, list(p.checks)] for p in (*self.train, *self.heldout)]
+        """Changes when any prompt, gold answer or check does, and when a prompt becomes a held-out one."""
+        rows = [[[p.id, p.gold, list(p.checks)] for p in part] for part in (self.train, self.heldout)]
         return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
     def deal(self, recipe: PromptsRecipe, round: int) -> tuple[Prompt, ...]:
@@ -170,13 +170,13 @@ def _prompt(row: Mapping[str, Any], form: str, recipe: PromptsRecipe, where: str
     try:
         messages, gold = _messages_and_gold(row, form, recipe)
         gold = _gold(gold if recipe.gold_column is None else row[recipe.gold_column])
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise DataError(f"{where}: this row does not fit the form {form!r} of the first row ({error!r})") from error
     if recipe.system_prompt is not None and messages and messages[0].role != "system":
         messages = (Message("system", recipe.system_prompt), *messages)
     if not any(m.content.strip() for m in messages if m.role == "user"):
         return Drop(where, "empty prompt")
-    tools = tuple(row["tools"]) if row.get("tools") else None
+    tools = read_tools(row.get("tools"), where)
     used = {"prompt", "messages", "conversations", "instruction", "input", "output", "tools", recipe.checks_column}
     meta = {k: v for k, v in row.items() if k not in used and isinstance(v, str | int | float | bool)}
     checks = _checks(row.get(recipe.checks_column), recipe.checks_column, where)
@@ -186,6 +186,19 @@ def _prompt(row: Mapping[str, Any], form: str, recipe: PromptsRecipe, where: str
     except UnicodeEncodeError:
         return Drop(where, "lone surrogate in the text")
     return Prompt(prompt_id(messages, tools), messages, tools, gold, checks, where, meta)
+
+
+def read_tools(value: Any, where: str) -> tuple[dict[str, Any], ...] | None:
+    """The tools of a row: a list of mappings, or its JSON text, as tables have it. DataError for anything else."""
+    try:
+        tools = json.loads(value) if isinstance(value, str) and value.strip() else value
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: tools: not JSON ({error.msg})") from error
+    if not tools:
+        return None
+    if not isinstance(tools, list | tuple) or not all(isinstance(tool, dict) for tool in tools):
+        raise DataError(f"{where}: tools: expected a list of tools, each a mapping, found {str(value)[:80]}")
+    return tuple(tools)
 
 
 def _checks(value: Any, column: str, where: str) -> tuple[dict[str, Any], ...]:
@@ -213,8 +226,7 @@ def _messages_and_gold(
     row: Mapping[str, Any], form: str, recipe: PromptsRecipe
 ) -> tuple[tuple[Message, ...], str | None]:
     if form == "prompt":
-        gold = row.get("completion", row.get("gold"))
-        return (Message("user", _text(row[recipe.prompt_column or "prompt"])),), gold if isinstance(gold, str) else None
+        return (Message("user", _text(row[recipe.prompt_column or "prompt"])),), _completion(row)
     if form == "instruction":
         given = f"\n\n{row['input']}" if row.get("input") else ""
         return (Message("user", _text(row["instruction"]) + given),), row.get("output")
@@ -224,11 +236,26 @@ def _messages_and_gold(
         turns = [
             Message(turn["role"], _text(turn["content"])) for turn in row[recipe.prompt_column or _list_column(row)]
         ]
+    if (
+        form == "messages"
+        and (recipe.prompt_column or _list_column(row)) != "messages"
+        and turns[-1].role != "assistant"
+    ):
+        return tuple(turns), _completion(row)  # a prompt of several turns, as it stands
     return split_turns(turns, recipe.turns)
 
 
 def _list_column(row: Mapping[str, Any]) -> str:
     return "messages" if "messages" in row else "prompt"
+
+
+def _completion(row: Mapping[str, Any]) -> str | None:
+    """The gold answer beside a prompt: the column completion or gold, as text, number or a list with one assistant turn."""
+    value = row.get("completion", row.get("gold"))
+    if isinstance(value, list):
+        (turn,) = value
+        value = turn["content"]
+    return _gold(value)
 
 
 def split_turns(turns: Sequence[Message], which: Turns) -> tuple[tuple[Message, ...], str | None]:

@@ -171,9 +171,14 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
         "evaluate": recipe.evaluate.model_copy(update={"judge": _absolute_judge(recipe.evaluate.judge, folder)}),
     }
     template = recipe.chat.chat_template
-    if template is not None and (folder / template).is_file():
+    if template is not None and names_template_file(template):
         update["chat"] = recipe.chat.model_copy(update={"chat_template": str((folder / template).resolve())})
     return recipe.model_copy(update=update)
+
+
+def names_template_file(chat_template: str) -> bool:
+    """Whether a chat_template is the name of a file. A template itself has a Jinja tag, or at least more than one line."""
+    return "{" not in chat_template and "\n" not in chat_template
 
 
 def _absolute_judge(judge: Any, folder: Path) -> Any:

@@ -28,11 +28,13 @@ SHARD_PROMPTS = 256
 def timed(folder: Path, stage: str) -> Iterator[None]:
     """Adds the seconds of a stage to the folder's seconds.json; a stage that was stopped and continued counts both."""
     started = time.monotonic()
-    yield
-    path = folder / "seconds.json"
-    seconds = store.read_json(path) if path.exists() else {}
-    seconds[stage] = round(seconds.get(stage, 0.0) + time.monotonic() - started, 2)
-    store.rewrite(path, json.dumps(seconds, indent=2).encode())
+    try:
+        yield
+    finally:
+        path = folder / "seconds.json"
+        seconds = store.read_json(path) if path.exists() else {}
+        seconds[stage] = round(seconds.get(stage, 0.0) + time.monotonic() - started, 2)
+        store.rewrite(path, json.dumps(seconds, indent=2).encode())
 
 
 def sampling_at(recipe: GeneratorRecipe, round: int, *, seed: int) -> Sampling:

@@ -224,6 +224,10 @@ def test_a_model_without_a_template_is_refused_unless_the_recipe_gives_one(tmp_p
     wanted = CHAT.encode_prompt(prompt_of("hi"))
     assert Chat.load(str(folder), chat_template=str(file)).encode_prompt(prompt_of("hi")) == wanted
     assert Chat.load(str(folder), chat_template=TEMPLATE).encode_prompt(prompt_of("hi")) == wanted
+    long = TEMPLATE + "{# " + "x" * 5000 + " #}"  # longer than the name of a file can be
+    assert Chat.load(str(folder), chat_template=long).encode_prompt(prompt_of("hi")) == wanted
+    with pytest.raises(DataError, match=r"typo\.jinja is no template"):
+        Chat.load(str(folder), chat_template="templates/typo.jinja")
 
 
 def test_end_tokens_come_from_the_tokenizer_and_the_generation_config(tmp_path: Path) -> None:

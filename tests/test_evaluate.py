@@ -70,7 +70,7 @@ def test_the_figures_of_a_panel_by_hand() -> None:
     groups = [
         Group(prompt, (1,), (completion("a", (-1.0, -2.0), "stop"), completion("b", (-3.0,) * 4, "length"))),
     ]
-    figures = panel_figures(groups, [Judgement("p", (1.0, None))], [], None, kl=0.5)
+    figures = panel_figures(groups, [Judgement("p", (1.0, None))], [], None, kl=0.5, temperature=1.0)
     assert figures["heldout_score"] == 1.0  # no verdict is left out, and is no 0
     assert figures["num_unjudged"] == 1
     assert figures["mean_length"] == 3.0
@@ -78,3 +78,5 @@ def test_the_figures_of_a_panel_by_hand() -> None:
     assert figures["entropy"] == pytest.approx(15 / 6)
     assert figures["heldout_greedy"] is None
     assert figures["kl"] == 0.5
+    cooler = panel_figures(groups, None, [], None, kl=None, temperature=0.7)
+    assert cooler["entropy"] is None  # the policy's own logps are no expectation under another distribution

@@ -58,6 +58,15 @@ def shown(prompt: Prompt) -> list[tuple[str, str]]:
     [
         ({"prompt": "one"}, {}, "prompt", [("user", "one")], None),
         ({"prompt": "one", "completion": "two"}, {}, "prompt", [("user", "one")], "two"),
+        ({"prompt": "one", "gold": 42}, {}, "prompt", [("user", "one")], "42"),
+        (
+            {"prompt": TURNS[:3], "completion": TURNS[3:]},
+            {},
+            "messages",
+            [("user", "one"), ("assistant", "two"), ("user", "three")],
+            "four",
+        ),
+        ({"prompt": TURNS[:1], "completion": "two"}, {}, "messages", [("user", "one")], "two"),
         ({"prompt": "one", "gold": "two"}, {}, "prompt", [("user", "one")], "two"),
         ({"prompt": TURNS[:1]}, {}, "messages", [("user", "one")], None),
         ({"messages": TURNS}, {}, "messages", [("user", "one")], "two"),
@@ -261,6 +270,23 @@ def test_a_column_or_a_file_that_is_missing_is_named(tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_bytes(b'{"prompt": "\xff"}')
     with pytest.raises(DataError, match=r"bad\.jsonl: can't be read"):
         pool_of(tmp_path / "bad.jsonl")
+
+
+def test_tools_may_be_json_text_as_tables_have_them(tmp_path: Path) -> None:
+    tool = {"name": "search", "parameters": {}}
+    as_list, _ = only(lines(tmp_path / "a.jsonl", [{"prompt": "one", "tools": [tool]}]))
+    as_text, _ = only(lines(tmp_path / "b.jsonl", [{"prompt": "one", "tools": json.dumps([tool])}]))
+    assert as_text.tools == as_list.tools == (tool,)
+    assert as_text.id == as_list.id
+    for bad in ("search", '"search"', '["search"]'):
+        with pytest.raises(DataError, match="tools"):
+            only(lines(tmp_path / "c.jsonl", [{"prompt": "one", "tools": bad}]))
+
+
+def test_the_digest_of_a_pool_changes_when_a_prompt_becomes_a_held_out_one(tmp_path: Path) -> None:
+    source = lines(tmp_path / "rows.jsonl", asking(20))
+    assert pool_of(source, heldout=0.1).digest != pool_of(source, heldout=0.5).digest
+    assert pool_of(source, heldout=0.1).digest == pool_of(source, heldout=0.1).digest
 
 
 def test_a_gold_answer_that_is_a_number_is_text(tmp_path: Path) -> None:

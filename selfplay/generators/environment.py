@@ -113,3 +113,11 @@ def _slice_devices(settings: EngineSettings, replica: int, devices: Sequence[str
             f"devices, and {len(devices)} are visible"
         )
     return ",".join(devices[replica * size : (replica + 1) * size])
+
+
+def cpu_computes_bf16() -> bool:
+    """Whether bfloat16 is fast on this CPU and not emulated. Builds of torch for Apple have no oneDNN to ask."""
+    import torch
+
+    available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return available and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -19,6 +19,7 @@ from selfplay.adapters import load_adapter
 from selfplay.errors import DataError, RecipeError
 from selfplay.generators import attention
 from selfplay.generators.engine import EngineSettings, Request, Result
+from selfplay.generators.environment import cpu_computes_bf16
 from selfplay.generators.sampling import Sampler
 
 DEFAULT_BATCH_SIZE = 64
@@ -214,12 +215,6 @@ def _dtype(asked: str, stored: torch.dtype | None, device: torch.device) -> torc
         if not isinstance(dtype, torch.dtype):
             raise RecipeError(f"generator.dtype: {asked!r} is no dtype; use auto, bfloat16, float16 or float32")
         return dtype
-    if device.type == "cpu" and not _cpu_computes_bf16():
+    if device.type == "cpu" and not cpu_computes_bf16():
         return torch.float32
     return torch.bfloat16 if stored in (None, torch.float32) else stored
-
-
-def _cpu_computes_bf16() -> bool:
-    """Whether bfloat16 is fast here and not emulated."""
-    available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return available and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
