@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from selfplay.recipe_values import PerRound, Section, Share
 
@@ -16,6 +16,16 @@ class MixPreviousRecipe(Section):
     window: PerRound[PositiveInt] | Literal["all"] = 1
     weights: Annotated[list[PositiveFloat], Field(min_length=1)] | None = None
     share: PerRound[Share] | None = None
+
+    @model_validator(mode="after")
+    def _weights_are_read(self) -> "MixPreviousRecipe":
+        if self.window != "all" and self.weights is not None:
+            longest = max(self.window) if isinstance(self.window, list) else self.window
+            if len(self.weights) > longest:
+                raise ValueError(
+                    f"weights has {len(self.weights)} values, but window reaches back {longest} rounds only"
+                )
+        return self
 
 
 class ExactDuplicatesRecipe(Section):

@@ -13,13 +13,13 @@ from selfplay.recipe_values import PerRound, Section, at_round
 # below a half, so that the scores of the chosen tier stay above those of the rejected one
 Rho = Annotated[float, Field(ge=0, lt=0.5)]
 DEFAULT_KIND = "best_vs_worst"
+MAX_UNPARSED = 0.05
 
 
 class AnyPairs(Section):
     """What every kind has."""
 
     reads_scores: ClassVar[bool] = False
-    min_completions: ClassVar[int] = 1
 
     kind: str
     filters: list[FilterRecipe] = []
@@ -28,6 +28,16 @@ class AnyPairs(Section):
     def needs_gold(self) -> bool:
         """Whether every prompt must have a gold answer."""
         return False
+
+    @property
+    def min_completions(self) -> int:
+        """With fewer completions, and the gold answer where it is read, there is nothing to compare."""
+        return 1 if self.needs_gold else 2
+
+    @property
+    def unparsed_bound(self) -> float:
+        """The largest share of completions without a verdict, where a judge is asked."""
+        return MAX_UNPARSED
 
     def most_pairs(self, round: int, num_completions: int) -> int:
         """The most pairs that one prompt can give in a round, before filters."""
@@ -46,10 +56,13 @@ class ScoredPairs(AnyPairs):
     """
 
     reads_scores: ClassVar[bool] = True
-    min_completions: ClassVar[int] = 2
 
     truncated: Literal["drop", "rejected"] = "drop"
-    max_unparsed: Annotated[float, Field(ge=0, le=1)] = 0.05
+    max_unparsed: Annotated[float, Field(ge=0, le=1)] = MAX_UNPARSED
+
+    @property
+    def unparsed_bound(self) -> float:
+        return self.max_unparsed
 
 
 class BestVsWorstRecipe(ScoredPairs):
@@ -72,10 +85,11 @@ class WinRatesRecipe(ScoredPairs):
     kind: Literal["win_rates"]
     win_rate_from: Literal["scores", "order", "bradley_terry"] = "scores"
     min_margin: PerRound[NonNegativeFloat] = 0.0
+    max_pairs_per_prompt: PerRound[PositiveInt] = 1
     length_rho: PerRound[Rho] | None = None
 
     def most_pairs(self, round: int, num_completions: int) -> int:
-        return 1
+        return at_round(self.max_pairs_per_prompt, round)
 
 
 class BestVsRandomRecipe(ScoredPairs):
@@ -128,7 +142,7 @@ class CorrectVsIncorrectRecipe(ScoredPairs):
 
 
 class GoldVsCompletionRecipe(AnyPairs):
-    """SPIN reads no scores. `truncated: rejected` rejects completions that max_tokens cut as well, as the paper did."""
+    """SPIN reads no scores. `truncated: rejected` also rejects completions that max_tokens cut."""
 
     kind: Literal["gold_vs_completion"]
     max_pairs_per_prompt: PerRound[PositiveInt] = 1
@@ -147,7 +161,9 @@ def _at_most(count: int, cap: Any, round: int) -> int:
 
 
 def _kind(value: Any) -> Any:
-    return value.get("kind", DEFAULT_KIND) if isinstance(value, dict) else value.kind
+    if isinstance(value, AnyPairs):
+        return value.kind
+    return value.get("kind", DEFAULT_KIND) if isinstance(value, dict) else DEFAULT_KIND
 
 
 PairsRecipe = Annotated[

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from selfplay.errors import RecipeError
 from selfplay.recipe import Recipe
 from selfplay.recipe_file import check_recipe, load_recipe, parse_yaml
-from selfplay.recipe_judges import PairsRecipe, VerifierRecipe
+from selfplay.recipe_judges import VerifierRecipe
+from selfplay.recipe_pairs import BestVsWorstRecipe
 from selfplay.recipe_values import at_round
 from selfplay.train.settings import settings_at
 
@@ -65,13 +66,14 @@ def test_an_unknown_key_is_refused_with_the_nearest_one(tmp_path: Path, extra: s
 
 def test_a_key_like_no_other_is_refused_with_all_that_are_allowed(tmp_path: Path) -> None:
     said = fault(tmp_path, "pairs: {zzz: 1}\n")
-    assert f"pairs.zzz: unknown key; allowed: {', '.join(PairsRecipe.model_fields)}" in said
+    assert f"pairs.zzz: unknown key; allowed: {', '.join(BestVsWorstRecipe.model_fields)}" in said
 
 
 @given(st.data())
 def test_every_key_misspelt_by_one_edit_is_refused_by_name(data: st.DataObject) -> None:
     section = data.draw(st.sampled_from(["prompts", "chat", "generator", "pairs", "train", "evaluate"]))
-    fields = list(Recipe.model_fields[section].annotation.model_fields)  # type: ignore[union-attr]
+    model = BestVsWorstRecipe if section == "pairs" else Recipe.model_fields[section].annotation
+    fields = list(model.model_fields)  # type: ignore[union-attr]
     key = data.draw(st.sampled_from(fields))
     at = data.draw(st.integers(0, len(key) - 1))
     wrong = data.draw(

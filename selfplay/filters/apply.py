@@ -2,8 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from selfplay.errors import SelfplayError
 from selfplay.judges.contract import Blamed
@@ -30,9 +29,6 @@ class FilterCounts:
     num_added: int
     num_dropped: int
     num_out: int
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def key_of(pair: PreferencePair) -> Key:

@@ -24,17 +24,30 @@ class MixPrevious:
 
     def __call__(self, pairs: Sequence[PreferencePair], context: FilterContext, /) -> list[PreferencePair]:
         """The pairs given, and earlier ones."""
-        oldest = 0 if self.window is None else max(0, context.round - self.window)
         earlier: list[PreferencePair] = []
-        for age, origin in enumerate(range(context.round - 1, oldest - 1, -1)):
+        for age, origin in enumerate(self._origins(context.round)):
             factor = self.weights[min(age, len(self.weights) - 1)]
             earlier += [replace(pair, weight=pair.weight * factor) for pair in context.previous(origin)]
         return [*pairs, *self._drawn(earlier, len(pairs), context.seed)]
 
+    def _origins(self, round: int) -> range:
+        """The rounds that `round` mixes in, the newest first."""
+        return range(round - 1, (0 if self.window is None else max(0, round - self.window)) - 1, -1)
+
+    def most_added(self, num_pairs: Sequence[int]) -> int:
+        """How many pairs are added at most in the last of the rounds whose pairs are counted here."""
+        num_earlier = sum(num_pairs[origin] for origin in self._origins(len(num_pairs) - 1))
+        return min(num_earlier, self._room(num_pairs[-1]) if self.share is not None else num_earlier)
+
+    def _room(self, num_new: int) -> int:
+        """How many earlier pairs `share` allows beside so many new ones."""
+        assert self.share is not None
+        return math.floor(self.share / (1 - self.share) * num_new + 1e-9)  # 0.1 / 0.9 * 9 is a hair below 1
+
     def _drawn(self, earlier: list[PreferencePair], num_new: int, seed: int) -> list[PreferencePair]:
         if self.share is None:
             return earlier
-        most = math.floor(self.share / (1 - self.share) * num_new + 1e-9)  # 0.1 / 0.9 * 9 is a hair below 1
+        most = self._room(num_new)
         places = [
             derive_seed(seed, "mix", p.origin_round, p.prompt_id, *p.chosen_token_ids, -1, *p.rejected_token_ids)
             for p in earlier

@@ -18,13 +18,13 @@ from selfplay.protocols import PairSelector
 from selfplay.recipe_pairs import (
     AllAboveMarginRecipe,
     BestVsRandomRecipe,
-    BestVsWorstRecipe,
     CorrectVsIncorrectRecipe,
     GoldVsCompletionRecipe,
     PairsRecipe,
     TopKVsBottomKRecipe,
+    WinRatesRecipe,
 )
-from selfplay.recipe_values import at_round
+from selfplay.recipe_values import at_round, optional_at_round
 
 __all__ = [
     "AllAboveMargin",
@@ -45,20 +45,18 @@ __all__ = [
 
 def make_selector(recipe: PairsRecipe, round: int, seed: int) -> PairSelector:
     """The selector that a recipe names, with the round's values. `seed` is that of the round's stage `pair`."""
-    if isinstance(recipe, GoldVsCompletionRecipe):
-        return GoldVsCompletion(at_round(recipe.max_pairs_per_prompt, round), recipe.truncated, seed)
-    if isinstance(recipe, CorrectVsIncorrectRecipe):
-        most = at_round(recipe.max_pairs_per_prompt, round)
-        return CorrectVsIncorrect(recipe.correct_score, most, recipe.add_gold, recipe.truncated, seed)
-    margin = at_round(recipe.min_margin, round)
+    most, cut = optional_at_round(recipe.max_pairs_per_prompt, round), recipe.truncated
     if isinstance(recipe, AllAboveMarginRecipe):
-        return AllAboveMargin(margin, at_round(recipe.max_pairs_per_prompt, round), recipe.truncated, seed)
+        return AllAboveMargin(at_round(recipe.min_margin, round), most, cut, seed)
     if isinstance(recipe, TopKVsBottomKRecipe):
-        k, cap = at_round(recipe.k, round), at_round(recipe.max_pairs_per_prompt, round)
-        return TopKVsBottomK(k, margin, cap, recipe.truncated, seed)
+        return TopKVsBottomK(at_round(recipe.k, round), at_round(recipe.min_margin, round), most, cut, seed)
+    assert most is not None, "only these two go without a cap"
+    if isinstance(recipe, GoldVsCompletionRecipe):
+        return GoldVsCompletion(most, cut, seed)
+    if isinstance(recipe, CorrectVsIncorrectRecipe):
+        return CorrectVsIncorrect(recipe.correct_score, most, recipe.add_gold, cut, seed)
+    margin = at_round(recipe.min_margin, round)
     if isinstance(recipe, BestVsRandomRecipe):
-        return BestVsRandom(margin, at_round(recipe.max_pairs_per_prompt, round), recipe.truncated, seed)
-    rho = at_round(recipe.length_rho, round)
-    if isinstance(recipe, BestVsWorstRecipe):
-        return BestVsWorst(margin, at_round(recipe.max_pairs_per_prompt, round), recipe.truncated, rho, seed)
-    return WinRates(recipe.win_rate_from, BestVsWorst(margin, 1, recipe.truncated, rho, seed))
+        return BestVsRandom(margin, most, cut, seed)
+    best_vs_worst = BestVsWorst(margin, most, cut, optional_at_round(recipe.length_rho, round), seed)
+    return WinRates(recipe.win_rate_from, best_vs_worst) if isinstance(recipe, WinRatesRecipe) else best_vs_worst

@@ -49,7 +49,10 @@ class BestVsWorst:
     def _edges(self, group: Group, found: Scored, best: float, worst: float) -> list[tuple[int, int]]:
         """(chosen, rejected) in the order in which they are taken."""
         if self.length_rho is None:
-            tiers = [c for c, s in found.chosen.items() if s == best], [r for r, s in found.rejected.items() if s == worst]
+            tiers = (
+                [c for c, s in found.chosen.items() if s == best],
+                [r for r, s in found.rejected.items() if s == worst],
+            )
             return sorted(((c, r) for c in tiers[0] for r in tiers[1]), key=lambda edge: self._order(group, *edge))
         rho, length, draw = self.length_rho, [len(c.token_ids) for c in group.completions], Draw(self.seed, group)
         high, low = (1 - rho) * best + rho * worst, (1 - rho) * worst + rho * best

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
 from selfplay.errors import SelfplayError
+from selfplay.filters import FilterCounts
 from selfplay.pairs.usable import unusable_reason
 from selfplay.protocols import PairSelector
 from selfplay.types import Drop, Group, Judgement, PreferencePair
@@ -13,11 +14,18 @@ from selfplay.types import Drop, Group, Judgement, PreferencePair
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """The pairs of a round, why prompts gave none, and how many completions could not be used, by reason."""
+    """The pairs of a round after its filters, why prompts gave none, how many completions could not be used, by reason, and
+    what each filter did.
+    """
 
     pairs: tuple[PreferencePair, ...]
     drops: tuple[Drop, ...]
     unusable: dict[str, int] = field(default_factory=dict)
+    filters: tuple[FilterCounts, ...] = ()
+
+    def own_prompts(self, round: int) -> set[str]:
+        """Ids of the prompts of `round` itself that have a pair; earlier rounds' pairs may stand beside theirs."""
+        return {pair.prompt_id for pair in self.pairs if pair.origin_round == round}
 
 
 @runtime_checkable

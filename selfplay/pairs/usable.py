@@ -70,7 +70,8 @@ class Draw:
 
     def __init__(self, seed: int, group: Group) -> None:
         marks = [derive_seed(seed, group.prompt.id, c.text, *c.token_ids) for c in group.completions]
-        self._marks = {None: derive_seed(seed, group.prompt.id, "gold"), **dict(enumerate(marks))}
+        self._marks: dict[int | None, int] = {None: derive_seed(seed, group.prompt.id, "gold")}
+        self._marks.update(enumerate(marks))
 
     def place(self, *indices: int | None) -> int:
         """Where these stand in the order; smaller is first."""

@@ -28,7 +28,7 @@ class WinRates:
     selector: BestVsWorst = field(default_factory=BestVsWorst)
 
     def select(self, group: Group, judgement: Judgement | None) -> list[PreferencePair]:
-        """At most one pair of one group."""
+        """At most as many pairs of one group as the selector of best and worst makes."""
         found = self.selector.select(group, judgement)
         if not found:
             return []
