@@ -91,7 +91,7 @@ class OwnParts:
         """The filters under names that change when their source does."""
         if self.filters is None:
             return None
-        return tuple(NamedFilter(function_identity("filter", one), one) for one in self.filters)
+        return tuple(NamedFilter(function_identity("function", one), one) for one in self.filters)
 
 
 def start_run(recipe: Recipe, folder: Path, *, own: OwnParts, allow_code: bool, report: Reporter) -> Run:

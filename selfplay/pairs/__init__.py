@@ -1,5 +1,5 @@
 """Groups and their judgements become preference pairs. One strategy per file, alternatives of PairSelector (protocols.py);
-`make_selector` knows their names. What may enter a pair at all is said in usable.py.
+`make_selector` knows their names. What may enter a pair at all is said in eligible.py.
 
 All are deterministic: a draw is a hash of the run's seed, the round, the prompt and what the completions are.
 """
@@ -12,7 +12,7 @@ from selfplay.pairs.gold_vs_completion import GoldVsCompletion
 from selfplay.pairs.pair import make_pair
 from selfplay.pairs.selection import Selection, select_pairs
 from selfplay.pairs.top_k_vs_bottom_k import TopKVsBottomK
-from selfplay.pairs.usable import unusable_reason, usable
+from selfplay.pairs.eligible import unusable_reason, usable
 from selfplay.pairs.win_rates import WinRates
 from selfplay.protocols import PairSelector
 from selfplay.recipe_pairs import (

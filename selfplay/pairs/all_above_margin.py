@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from selfplay.pairs.pair import first_pairs
-from selfplay.pairs.usable import Draw, Truncated, scored
+from selfplay.pairs.eligible import Draw, Truncated, scored
 from selfplay.types import Group, Judgement, PreferencePair
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from selfplay.pairs.pair import make_pair
-from selfplay.pairs.usable import Draw, Scored, Truncated, scored
+from selfplay.pairs.eligible import Draw, Scored, Truncated, scored
 from selfplay.types import Group, Judgement, PreferencePair, derive_seed
 
 

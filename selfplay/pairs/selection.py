@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 
 from selfplay.errors import SelfplayError
 from selfplay.filters import FilterCounts
-from selfplay.pairs.usable import unusable_reason
+from selfplay.pairs.eligible import unusable_reason
 from selfplay.protocols import PairSelector
 from selfplay.types import Drop, Group, Judgement, PreferencePair
 
