@@ -8,11 +8,11 @@ from selfplay.pairs.all_above_margin import AllAboveMargin
 from selfplay.pairs.best_vs_random import BestVsRandom
 from selfplay.pairs.best_vs_worst import BestVsWorst
 from selfplay.pairs.correct_vs_incorrect import CorrectVsIncorrect
+from selfplay.pairs.eligible import unusable_reason, usable
 from selfplay.pairs.gold_vs_completion import GoldVsCompletion
 from selfplay.pairs.pair import make_pair
 from selfplay.pairs.selection import Selection, select_pairs
 from selfplay.pairs.top_k_vs_bottom_k import TopKVsBottomK
-from selfplay.pairs.eligible import unusable_reason, usable
 from selfplay.pairs.win_rates import WinRates
 from selfplay.protocols import PairSelector
 from selfplay.recipe_pairs import (

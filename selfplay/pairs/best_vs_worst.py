@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from selfplay.pairs.pair import make_pair
 from selfplay.pairs.eligible import Draw, Scored, Truncated, scored
+from selfplay.pairs.pair import make_pair
 from selfplay.types import Group, Judgement, PreferencePair, derive_seed
 
 

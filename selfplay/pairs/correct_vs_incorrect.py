@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
+from selfplay.pairs.eligible import Draw, Scored, Truncated, scored
 from selfplay.pairs.gold_vs_completion import require_gold
 from selfplay.pairs.pair import Edge, first_pairs
-from selfplay.pairs.eligible import Draw, Scored, Truncated, scored
 from selfplay.types import Group, Judgement, PreferencePair
 
 

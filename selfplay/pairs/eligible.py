@@ -58,7 +58,7 @@ def scored(group: Group, judgement: Judgement | None, *, truncated: Truncated) -
     """What a selector of scores may pair; with `truncated="rejected"` truncated completions may be rejected."""
     assert judgement is not None, "the recipe guarantees a judge"
     found = {i: score for i, score in enumerate(judgement.scores) if score is not None}
-    chosen = {i: found[i] for i in usable(group, judgement)}
+    chosen = {i: found[i] for i in usable(group, judgement) if i in found}
     cut = cut_short(group) if truncated == "rejected" else []
     return Scored(chosen, chosen | {i: found[i] for i in cut if i in found})
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from selfplay.errors import DataError
-from selfplay.pairs.pair import Edge, first_pairs
 from selfplay.pairs.eligible import Draw, Truncated, cut_short, usable
+from selfplay.pairs.pair import Edge, first_pairs
 from selfplay.types import Completion, Group, Judgement, PreferencePair
 
 

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from selfplay.pairs.pair import first_pairs
 from selfplay.pairs.eligible import Draw, Truncated, scored
+from selfplay.pairs.pair import first_pairs
 from selfplay.types import Group, Judgement, PreferencePair
 
 
