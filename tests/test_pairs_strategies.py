@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from test_pairs import SCORE, TEXT, group_of
 
@@ -191,7 +191,8 @@ def test_top_k_pairs_the_k_best_with_the_k_worst_by_falling_margin() -> None:
     assert paired(TopKVsBottomK(2), (3.0, 2.0, None, 1.0)) == [(0, 3), (1, 3)]
 
 
-@given(case=judged(), margin=st.sampled_from([0.0, 0.3, 2.0]))
+@given(case=judged(), margin=st.sampled_from([0.0, 0.5, 2.0]))
+@example(case=(group_of("ab"), Judgement("p", (1.0, 0.5))), margin=0.5)
 def test_all_above_margin_misses_no_two_completions(case: tuple[Group, Judgement], margin: float) -> None:
     group, judgement = case
     scores = {i: s for i in _plain(group, judgement) if (s := judgement.scores[i]) is not None}
@@ -218,6 +219,7 @@ def test_the_gold_answer_helps_where_the_policy_always_fails() -> None:
     # what the policy wrote is the gold answer itself: neither wrong nor a second chosen one
     assert paired(CorrectVsIncorrect(add_gold=True), (0.0, 0.0), ["gold", "b"]) == [(None, 1)]
     assert paired(CorrectVsIncorrect(add_gold=True), (1.0, 0.0), ["gold", "b"]) == [(None, 1)]
+    assert paired(CorrectVsIncorrect(add_gold=True), (1.0, 0.0), ["a", "gold"]) == []
 
 
 @pytest.mark.parametrize(
@@ -276,7 +278,9 @@ def test_the_chosen_completion_has_the_higher_win_rate(case: tuple[Group, Judgem
     for pair in WinRates(kind).select(*case):
         assert pair.chosen_win_rate is not None
         assert pair.rejected_win_rate is not None
-        assert 0 <= pair.rejected_win_rate <= 0.5 <= pair.chosen_win_rate <= 1
+        # not <= 1/2 <=: a better completion may be judged and unusable, for it is part of what the policy writes
+        assert 0 <= pair.rejected_win_rate <= pair.chosen_win_rate <= 1
+        assert kind != "order" or pair.rejected_win_rate < pair.chosen_win_rate
 
 
 def test_scores_that_are_no_win_rates_are_refused() -> None:

@@ -21,7 +21,7 @@ MIX = [{"kind": "mix_previous", "weights": [0.5]}, {"kind": "exact_duplicates"},
 def mixing(rig: dict[str, Any], **sections: Any) -> Any:
     """Both rounds get the same prompts, so that earlier pairs are of prompts that the round knows."""
     prompts = {"deal": "same", "num_prompts": 8}
-    return changed({**rig, "pairs": {}}, prompts=prompts, pairs={"filters": MIX}, **sections)
+    return changed({**rig, "pairs": {}, "rounds": 3}, prompts=prompts, pairs={"filters": MIX}, **sections)
 
 
 def play(recipe: Any, out: Path, **own: Any) -> dict[str, Any]:
@@ -51,6 +51,13 @@ def test_the_second_round_trains_on_the_first_ones_pairs_too(mixed: Path) -> Non
     assert result["num_pairs"] == len(second) > len(first)
 
 
+def test_a_window_of_one_round_reaches_no_further_through_that_rounds_own_mix(mixed: Path) -> None:
+    assert {p.origin_round for p in pairs_of(mixed, 1)} == {0, 1}
+    third = pairs_of(mixed, 2)
+    assert {p.origin_round for p in third} == {1, 2}
+    assert {p.weight for p in third if p.origin_round == 1} == {0.5}
+
+
 def test_old_pairs_get_their_logps_from_the_new_reference(mixed: Path) -> None:
     # the policy has left the one that the old pairs were sampled from; against its own start every log-ratio is 0
     first = store.read_json_lines(mixed / "round-001" / "train" / "steps.jsonl")[0]
@@ -59,7 +66,7 @@ def test_old_pairs_get_their_logps_from_the_new_reference(mixed: Path) -> None:
 
 
 def test_the_counts_of_a_mixed_round_add_up(mixed: Path) -> None:
-    for r in (0, 1):
+    for r in (0, 1, 2):
         counts = store.read_json(mixed / f"round-00{r}" / "round.json")["counts"]
         pairs = pairs_of(mixed, r)
         own = {p.prompt_id for p in pairs if p.origin_round == r}
@@ -101,7 +108,7 @@ def test_a_mixed_run_killed_while_pairing_ends_as_an_undisturbed_one(
 
 
 def test_other_filters_are_refused_on_a_run(rig: dict[str, Any], mixed: Path) -> None:
-    other = changed({**rig, "pairs": {}}, prompts={"deal": "same", "num_prompts": 8})
+    other = changed({**rig, "pairs": {}, "rounds": 3}, prompts={"deal": "same", "num_prompts": 8})
     with pytest.raises(RecipeError, match=r"pairs\.filters"):
         play(other, mixed)
     with pytest.raises(RecipeError, match="filters: None ->"):

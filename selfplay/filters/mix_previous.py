@@ -42,7 +42,7 @@ class MixPrevious:
     def _room(self, num_new: int) -> int:
         """How many earlier pairs `share` allows beside so many new ones."""
         assert self.share is not None
-        return math.floor(self.share / (1 - self.share) * num_new + 1e-9)  # 0.1 / 0.9 * 9 is a hair below 1
+        return math.floor(self.share / (1 - self.share) * num_new + 1e-9)  # 0.7 / (1 - 0.7) * 3 is a hair below 7
 
     def _drawn(self, earlier: list[PreferencePair], num_new: int, seed: int) -> list[PreferencePair]:
         if self.share is None:

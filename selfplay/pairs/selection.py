@@ -64,11 +64,10 @@ def select_pairs(
 
 
 def _why_none(selector: PairSelector, group: Group, judgement: Judgement | None, reasons: list[str | None]) -> str:
-    if reasons.count(None) == 0 or (judgement is not None and reasons.count(None) < 2 and group.gold is None):
-        return "too few usable completions"
-    if isinstance(selector, _SaysWhy):
+    num_usable = reasons.count(None)
+    if num_usable and isinstance(selector, _SaysWhy):
         return selector.why_none(group, judgement)
-    few = judgement is not None and reasons.count(None) < 2
+    few = num_usable < (1 if judgement is None else 2)
     return "too few usable completions" if few else "tie, or margin below min_margin"
 
 
