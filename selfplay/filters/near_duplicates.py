@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from selfplay.filters.exact_duplicates import newest_first
@@ -11,6 +11,7 @@ from selfplay.types import PreferencePair
 
 Tokens = tuple[int, ...]
 Grams = frozenset[Tokens]
+Held = tuple[int, int, int]  # index of a pair, place of the n-gram in the order of its set, size of the set
 
 
 def ngrams(tokens: Tokens, n: int) -> Grams:
@@ -40,22 +41,32 @@ class NearDuplicates:
         # sets are made when they are compared and not kept: those of 100,000 pairs would fill gigabytes
         rarity = Counter(gram for pair in pairs for gram in ngrams(pair.chosen_token_ids, self.ngram))
         kept: list[int] = []
-        holders: defaultdict[Tokens, list[int]] = defaultdict(list)  # kept pairs by a rare n-gram of their chosen
+        holders: defaultdict[Tokens, list[Held]] = defaultdict(list)  # kept pairs by a rare n-gram of their chosen
         for index in newest_first(pairs):
-            prefix = self._prefix(ngrams(pairs[index].chosen_token_ids, self.ngram), rarity)
-            others = sorted({other for gram in prefix for other in holders[gram]})
-            if not any(self._near(pairs[index], pairs[other]) for other in others):
+            size, prefix = self._prefix(ngrams(pairs[index].chosen_token_ids, self.ngram), rarity)
+            if not any(self._near(pairs[index], pairs[other]) for other in self._likely(size, prefix, holders)):
                 kept.append(index)
-                for gram in prefix:
-                    holders[gram].append(index)
+                for place, gram in enumerate(prefix):
+                    holders[gram].append((index, place, size))
         return [pairs[index] for index in sorted(kept)]
 
-    def _prefix(self, grams: Grams, rarity: Counter[Tokens]) -> list[Tokens]:
-        """The rarest n-grams of a set, so many that two sets that reach the threshold share one of them: prefix filtering,
-        exact, and far from comparing every two pairs.
+    def _prefix(self, grams: Grams, rarity: Counter[Tokens]) -> tuple[int, list[Tokens]]:
+        """The size of a set and its rarest n-grams, so many that two sets that reach the threshold share one of them: prefix
+        filtering, exact, and far from comparing every two pairs.
         """
         ordered = sorted(grams, key=lambda gram: (rarity[gram], gram))
-        return ordered[: len(grams) - math.ceil(self.threshold * len(grams) - 1e-9) + 1]
+        return len(grams), ordered[: len(grams) - math.ceil(self.threshold * len(grams) - 1e-9) + 1]
+
+    def _likely(self, size: int, prefix: list[Tokens], holders: Mapping[Tokens, list[Held]]) -> list[int]:
+        """Kept pairs that may reach the threshold: n-grams have one order, so all that two sets share stands, in both, from
+        the first shared one on.
+        """
+        likely: dict[int, bool] = {}
+        for place, gram in enumerate(prefix):
+            for other, other_place, other_size in holders.get(gram, ()):
+                most = min(size - place, other_size - other_place)
+                likely.setdefault(other, most >= self.threshold * (size + other_size - most) - 1e-9)
+        return [other for other, may in likely.items() if may]
 
     def _near(self, one: PreferencePair, other: PreferencePair) -> bool:
         parts = (
