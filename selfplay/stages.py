@@ -182,7 +182,9 @@ def read_selection(folder: Path) -> Selection:
     """What `make_pairs` left in the folder of a round."""
     pairs = store.read_records(folder / "pairs.jsonl", PreferencePair)
     drops = store.read_records(folder / "drops.jsonl", Drop)
-    counts = [FilterCounts(**count) for count in store.read_json(folder / "filters.json")]
+    path = folder / "filters.json"
+    found = store.read_json(path) if path.exists() else []  # rounds from before there were filters have none
+    counts = [FilterCounts(**count) for count in found]
     return Selection(tuple(pairs), tuple(drops), store.read_json(folder / "unusable.json"), tuple(counts))
 
 
