@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from selfplay.judges import make_judge
     from selfplay.judges.lift import pairwise, pointwise
     from selfplay.metrics import status
-    from selfplay.protocols import Generator, Judge, JudgeContext, PairSelector
+    from selfplay.protocols import FilterContext, Generator, Judge, JudgeContext, PairFilter, PairSelector
     from selfplay.recipe import Recipe
     from selfplay.recipe_file import load_recipe
     from selfplay.rounds import iterate
@@ -65,7 +65,7 @@ _HOMES = {
     "selfplay.judges": ("make_judge",),
     "selfplay.judges.lift": ("pairwise", "pointwise"),
     "selfplay.metrics": ("status",),
-    "selfplay.protocols": ("Generator", "Judge", "JudgeContext", "PairSelector"),
+    "selfplay.protocols": ("FilterContext", "Generator", "Judge", "JudgeContext", "PairFilter", "PairSelector"),
     "selfplay.recipe": ("Recipe",),
     "selfplay.recipe_file": ("load_recipe",),
     "selfplay.rounds": ("iterate",),
@@ -96,6 +96,8 @@ __all__ = [  # noqa: RUF022 - in the order of use
     "Judge",
     "JudgeContext",
     "PairSelector",
+    "PairFilter",
+    "FilterContext",
     "SelfplayError",
     "RecipeError",
     "DataError",

@@ -13,10 +13,12 @@ from rich.table import Table
 
 from selfplay.adapters import base_folder
 from selfplay.errors import DataError
+from selfplay.filters import make_mix
 from selfplay.models import resolve_auto
 from selfplay.prompts import PromptPool, load_pool
 from selfplay.recipe import Recipe
 from selfplay.recipe_file import dump_recipe
+from selfplay.recipe_filters import MixPreviousRecipe
 from selfplay.recipe_train import LoraRecipe
 from selfplay.recipe_values import at_round
 from selfplay.report import print_table
@@ -91,7 +93,7 @@ def _plan_round(recipe: Recipe, pool: PromptPool, index: int) -> RoundPlan:
     count = len(pool.deal(prompts, index))
     disjoint = prompts.deal == "disjoint" and prompts.num_prompts is not None
     settings = settings_at(train, index, bf16=train.bf16 is True)
-    max_pairs = count * at_round(recipe.pairs.max_pairs_per_prompt, index)
+    max_pairs = _most_pairs(recipe, [len(pool.deal(prompts, r)) for r in range(index + 1)])
     steps = math.ceil(max_pairs / settings.batch_size) * settings.num_train_epochs
     init = f"the policy of round {index - 1}" if index else recipe.model
     initial = recipe.train.reference == "initial"
@@ -108,6 +110,17 @@ def _plan_round(recipe: Recipe, pool: PromptPool, index: int) -> RoundPlan:
         max_steps=settings.max_steps if settings.max_steps > 0 else steps,
         settings=settings,
     )
+
+
+def _most_pairs(recipe: Recipe, num_prompts: list[int]) -> int:
+    """The most pairs of a round that is dealt the last of `num_prompts`, those that it mixes in among them."""
+    counts = [at_round(recipe.generator.num_completions, r) for r in range(len(num_prompts))]
+    own = [n * recipe.pairs.most_pairs(r, counts[r]) for r, n in enumerate(num_prompts)]
+    round = len(own) - 1
+    for one in recipe.pairs.filters:
+        if isinstance(one, MixPreviousRecipe):
+            return own[-1] + make_mix(one, round).most_added(own)
+    return own[-1]
 
 
 def _panel_work(recipe: Recipe, num_prompts: int) -> tuple[int, int]:
@@ -218,6 +231,7 @@ def _round_lines(recipe: Recipe, plan: RoundPlan) -> list[str]:
         f"  reference  {plan.reference}",
         f"  data       prompts {data} in dealing order, {plan.num_completions} completions each "
         f"(temperature {plan.temperature:g}, at most {plan.max_tokens} tokens)",
+        f"  pairs      {' -> '.join([recipe.pairs.kind, *(one.kind for one in recipe.pairs.filters)])}",
         f"  schedule   learning_rate {settings.learning_rate:g}, {settings.lr_scheduler_type} over {span}, "
         f"warmup_steps {settings.warmup_steps:g}; optimizer {optimizer}",
         f"  train      beta {settings.beta:g}, loss {' + '.join(settings.loss_type)}, batch_size {settings.batch_size}, "

@@ -1,5 +1,5 @@
-"""What a user may implement: a Generator, a Judge, a PairSelector. A plain function is enough for most judges:
-see `selfplay.pointwise` and `selfplay.pairwise` in judges/lift.py.
+"""What a user may implement: a Generator, a Judge, a PairSelector, a PairFilter. A plain function is enough for a filter and
+for most judges: see `selfplay.pointwise` and `selfplay.pairwise` in judges/lift.py.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -47,4 +47,23 @@ class Judge(Protocol):
 class PairSelector(Protocol):
     def select(self, group: Group, judgement: Judgement | None) -> Sequence[PreferencePair]:
         """The pairs of one group; none is fine. `judgement` is None only where the recipe has no judge."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FilterContext:
+    """What a filter may use: the round (0-based), a seed for its own draws, and the pairs that an earlier round made itself
+    and kept after its filters, by round.
+    """
+
+    round: int = 0
+    seed: int = 0
+    previous: Callable[[int], Sequence[PreferencePair]] = lambda round: ()
+
+
+class PairFilter(Protocol):
+    def __call__(self, pairs: Sequence[PreferencePair], context: FilterContext, /) -> Sequence[PreferencePair]:
+        """The pairs of a round that go on to training, in that order. A filter may leave pairs out, weigh them anew, and add
+        pairs of earlier rounds; it makes none.
+        """
         ...

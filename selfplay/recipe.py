@@ -1,6 +1,7 @@
 """A recipe: every choice of a run in one YAML file. Importing and checking one loads no torch.
 
-Paths are relative to the recipe's folder. recipe_judges.py and recipe_train.py hold its longer sections.
+Paths are relative to the recipe's folder. recipe_judges.py, recipe_pairs.py with recipe_filters.py, and recipe_train.py
+hold its longer sections.
 """
 
 from pathlib import Path
@@ -16,10 +17,12 @@ from pydantic import (
 )
 
 from selfplay.errors import RecipeError
-from selfplay.recipe_judges import JudgeRecipe, PairsRecipe
+from selfplay.recipe_judges import JudgeRecipe
+from selfplay.recipe_pairs import BestVsWorstRecipe, PairsRecipe, TopKVsBottomKRecipe, WinRatesRecipe
 from selfplay.recipe_train import TrainRecipe
-from selfplay.recipe_values import PerRound, Section, Share, TopP
+from selfplay.recipe_values import PerRound, Section, Share, TopP, at_round, rounds_that_differ
 
+POINTWISE_KINDS = ("verifier", "rouge_l", "coin")  # their scores lie in [0, 1] and are no win rates
 Temperature = Annotated[float, Field(ge=0, le=2)]  # engines refuse more
 
 
@@ -98,7 +101,7 @@ class Recipe(Section):
     chat: ChatRecipe = ChatRecipe()
     generator: GeneratorRecipe = GeneratorRecipe()
     judge: JudgeRecipe | None = None
-    pairs: PairsRecipe = PairsRecipe()
+    pairs: PairsRecipe = BestVsWorstRecipe()
     train: TrainRecipe = TrainRecipe()
     evaluate: EvaluateRecipe = EvaluateRecipe()
 
@@ -111,20 +114,33 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
-        if self.pairs.kind == "gold_vs_completion" and self.judge is not None:
-            raise ValueError("pairs.kind gold_vs_completion reads no scores: remove the judge (evaluate.judge is fine)")
-        counts = self.generator.num_completions
-        if self.pairs.kind == "best_vs_worst" and min(counts if isinstance(counts, list) else [counts]) < 2:
-            raise ValueError("generator.num_completions is 1: best_vs_worst needs at least 2 completions to compare")
+        pairs = self.pairs
+        if not pairs.reads_scores and self.judge is not None:
+            raise ValueError(f"pairs.kind {pairs.kind} reads no scores: remove the judge (evaluate.judge is fine)")
+        counts, k = self.generator.num_completions, pairs.k if isinstance(pairs, TopKVsBottomKRecipe) else 0
+        for round in range(rounds_that_differ(counts, k)):
+            count, least = at_round(counts, round), pairs.min_completions
+            if count < least:
+                raise ValueError(
+                    f"generator.num_completions is {count}: {pairs.kind} needs at least {least} completions to compare"
+                )
+            if 2 * at_round(k, round) > count:
+                raise ValueError(
+                    f"pairs.k is {at_round(k, round)}, but {count} completions have no top and bottom of that size: lower k, "
+                    "raise generator.num_completions, or take all_above_margin"
+                )
+        kind = self.judge.kind if self.judge is not None else None
+        if isinstance(pairs, WinRatesRecipe) and pairs.win_rate_from == "scores" and kind in POINTWISE_KINDS:
+            raise ValueError(f"pairs.win_rate_from is scores, but those of a {kind} judge are no win rates: say order")
         return self
 
     def check_judged(self) -> None:
         """RecipeError where pairs need scores that nobody would give. A judge passed to `iterate` as an object counts,
         so this is no part of reading a recipe.
         """
-        if self.pairs.kind == "best_vs_worst" and self.judge is None:
+        if self.pairs.reads_scores and self.judge is None:
             raise RecipeError(
-                "judge: missing; pairs.kind best_vs_worst reads scores. Add a judge, or use gold_vs_completion"
+                f"judge: missing; pairs.kind {self.pairs.kind} reads scores. Add a judge, or use gold_vs_completion"
             )
 
     @property

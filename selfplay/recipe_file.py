@@ -11,7 +11,9 @@ from pydantic import BaseModel, ValidationError
 
 from selfplay.errors import RecipeError
 from selfplay.recipe import Recipe, resolve_path
-from selfplay.recipe_judges import LLMJudgeRecipe, PythonJudgeRecipe
+from selfplay.recipe_filters import FilterRecipe, PythonFilterRecipe
+from selfplay.recipe_judges import JudgeRecipe, LLMJudgeRecipe, PythonJudgeRecipe
+from selfplay.recipe_pairs import PairsRecipe
 
 TAGS = {"one value", "per round"}
 
@@ -117,10 +119,9 @@ def check_recipe(data: dict[str, Any], where: str, lines: dict[tuple[str, ...], 
 
 
 def _describe(fault: Any, data: dict[str, Any], where: str, lines: dict[tuple[str, ...], int]) -> str:
-    kinds = {"verifier", "llm", "python", "rouge_l", "coin"}
-    location = [str(part) for part in fault["loc"] if part not in TAGS]
-    # a discriminated union puts the kind into the location: judge.verifier.checks
-    location = [p for i, p in enumerate(location) if not (p in kinds and i and location[i - 1] == "judge")]
+    location = _without_kinds([str(part) for part in fault["loc"] if part not in TAGS])
+    if fault["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        location.append("kind")
     spot, near = where, tuple(location)
     while near and near not in lines:
         near = near[:-1]
@@ -132,20 +133,42 @@ def _describe(fault: Any, data: dict[str, Any], where: str, lines: dict[tuple[st
         close = difflib.get_close_matches(location[-1], allowed, n=1, cutoff=0.5)
         hint = f'did you mean "{close[0]}"?' if close else f"allowed: {', '.join(allowed)}"
         return f"{spot}: {dotted}: unknown key; {hint}"
-    if fault["type"] == "missing":
+    if fault["type"] == "union_tag_invalid":
+        return f"{spot}: {dotted}: there is no kind {fault['ctx']['tag']!r}; allowed: {fault['ctx']['expected_tags']}"
+    if fault["type"] in ("missing", "union_tag_not_found"):
         return f"{spot}: {dotted}: missing; this key is required"
     found = repr(fault["input"])
     found = "" if isinstance(fault["input"], dict) else f" (found {found[:77] + '...' if len(found) > 80 else found})"
     return f"{spot}: {dotted}: {fault['msg'].removeprefix('Value error, ')}{found}"
 
 
+def _without_kinds(location: list[str]) -> list[str]:
+    """A discriminated union puts the kind into the location: judge.verifier.checks, pairs.filters.0.mix_previous.window; any
+    other union its member: window.literal['all'].
+    """
+    kept: list[str] = []
+    for part in location:
+        under = kept[-2] if kept and kept[-1].isdigit() else "".join(kept[-1:])
+        if part not in _KINDS.get(under, ()) and not part.startswith(("tagged-union[", "literal[")):
+            kept.append(part)
+    return kept
+
+
+def _kinds(union: Any) -> set[str]:
+    return {kind for model in _models_in(union) for kind in get_args(model.model_fields["kind"].annotation)}
+
+
 def _keys_at(location: list[str], data: dict[str, Any]) -> list[str]:
     """The keys that a section allows, found by following the model's fields."""
     model: type[BaseModel] = Recipe
     value: Any = data
+    models = [model]
     for part in location:
-        value = value.get(part, {}) if isinstance(value, dict) else {}
-        models = _models_in(model.model_fields[part].annotation)
+        if isinstance(value, list):
+            value = value[int(part)]
+        else:
+            value = value.get(part, {}) if isinstance(value, dict) else {}
+            models = _models_in(model.model_fields[part].annotation)
         kind = value.get("kind") if isinstance(value, dict) else None
         model = next(
             (m for m in models if "kind" in m.model_fields and kind in get_args(m.model_fields["kind"].annotation)),
@@ -160,6 +183,9 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     return [model for part in get_args(annotation) for model in _models_in(part)]
 
 
+_KINDS = {"judge": _kinds(JudgeRecipe), "pairs": _kinds(PairsRecipe), "filters": _kinds(FilterRecipe)}
+
+
 def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
     prompts: dict[str, Any] = {"source": resolve_path(recipe.prompts.source, folder)}
     if isinstance(recipe.prompts.heldout, str):
@@ -168,6 +194,9 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
         "model": resolve_path(recipe.model, folder),
         "prompts": recipe.prompts.model_copy(update=prompts),
         "judge": _absolute_judge(recipe.judge, folder),
+        "pairs": recipe.pairs.model_copy(
+            update={"filters": [_absolute_filter(f, folder) for f in recipe.pairs.filters]}
+        ),
         "evaluate": recipe.evaluate.model_copy(update={"judge": _absolute_judge(recipe.evaluate.judge, folder)}),
     }
     template = recipe.chat.chat_template
@@ -183,12 +212,22 @@ def names_template_file(chat_template: str) -> bool:
 
 def _absolute_judge(judge: Any, folder: Path) -> Any:
     if isinstance(judge, PythonJudgeRecipe):
-        file, _, name = judge.target.partition(":")
-        return judge.model_copy(update={"target": f"{resolve_path(file, folder)}:{name}"})
+        return judge.model_copy(update={"target": _absolute_target(judge.target, folder)})
     if isinstance(judge, LLMJudgeRecipe):
         model = judge.model if judge.model == "policy" else resolve_path(judge.model, folder)
         return judge.model_copy(update={"model": model, "template": resolve_path(judge.template, folder)})
     return judge
+
+
+def _absolute_filter(one: FilterRecipe, folder: Path) -> FilterRecipe:
+    if isinstance(one, PythonFilterRecipe):
+        return one.model_copy(update={"target": _absolute_target(one.target, folder)})
+    return one
+
+
+def _absolute_target(target: str, folder: Path) -> str:
+    file, _, name = target.partition(":")
+    return f"{resolve_path(file, folder)}:{name}"
 
 
 def dump_recipe(recipe: Recipe) -> str:

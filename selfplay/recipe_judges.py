@@ -1,10 +1,10 @@
-"""The sections `judge` and `pairs` of a recipe."""
+"""The section `judge` of a recipe."""
 
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
-from selfplay.recipe_values import PerRound, Section, TopP
+from selfplay.recipe_values import Section, TopP
 
 
 class VerifierRecipe(Section):
@@ -52,15 +52,3 @@ class CoinRecipe(Section):
 JudgeRecipe = Annotated[
     VerifierRecipe | LLMJudgeRecipe | PythonJudgeRecipe | RougeLRecipe | CoinRecipe, Field(discriminator="kind")
 ]
-
-
-class PairsRecipe(Section):
-    """Which completions become pairs. `truncated: rejected` lets a completion that max_tokens cut be rejected (never chosen):
-    without it nothing teaches the policy to end in time, and its completions grow from round to round.
-    """
-
-    kind: Literal["best_vs_worst", "gold_vs_completion"] = "best_vs_worst"
-    min_margin: PerRound[NonNegativeFloat] = 0.0
-    max_pairs_per_prompt: PerRound[PositiveInt] = 1
-    truncated: Literal["drop", "rejected"] = "drop"
-    max_unparsed: Annotated[float, Field(ge=0, le=1)] = 0.05

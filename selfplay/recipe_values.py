@@ -20,5 +20,15 @@ def at_round(value: T | list[T], round: int) -> T:
     return value[min(round, len(value) - 1)] if isinstance(value, list) else value
 
 
+def optional_at_round(value: T | list[T] | None, round: int) -> T | None:
+    """The same for a field that may be missing."""
+    return None if value is None else at_round(value, round)
+
+
+def rounds_that_differ(*values: object) -> int:
+    """How many rounds it takes until none of these PerRound values changes any more."""
+    return max(len(value) if isinstance(value, list) else 1 for value in values)
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)

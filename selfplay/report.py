@@ -59,6 +59,9 @@ def print_run(run: Path, figures: Mapping[str, Any], console: Console) -> None:
     if done:
         print_table("training", training_table(done), console)
         print_table("dropped, by reason", drops_table(done), console)
+        for row in done:
+            for count in row["counts"].get("filters", []):  # runs from before there were filters have none
+                console.print(Text(f"round {row['round']}, filter {filter_line(count)}"))
     print_table("seconds of each stage", seconds_table(figures), console)
     for row in figures["rounds"]:
         if row["state"] != "done":
@@ -175,6 +178,13 @@ def drops_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+def filter_line(count: Mapping[str, Any]) -> str:
+    """What one filter did to the pairs of a round."""
+    added = f" + {count['num_added']} of earlier rounds" if count["num_added"] else ""
+    name = safe_text(count["filter"])
+    return f"{name}: {count['num_in']} pairs{added} - {count['num_dropped']} dropped = {count['num_out']}"
+
+
 def reasons(counts: Mapping[str, int]) -> str:
     """Counts by reason, the largest first."""
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
@@ -289,4 +299,9 @@ def print_pair(pair: PreferencePair, console: Console) -> None:
     """Which completions a pair holds."""
     chosen = "gold answer" if pair.chosen_index is None else f"completion {pair.chosen_index}"
     rejected = "gold answer" if pair.rejected_index is None else f"completion {pair.rejected_index}"
-    console.print(f"pair: chosen {chosen}, rejected {rejected}, margin {number(pair.margin)}")
+    rates = (
+        ""
+        if pair.chosen_win_rate is None
+        else f", win rates {number(pair.chosen_win_rate)} and {number(pair.rejected_win_rate)}"
+    )
+    console.print(f"pair: chosen {chosen}, rejected {rejected}, margin {number(pair.margin)}{rates}")

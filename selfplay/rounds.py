@@ -10,22 +10,26 @@ goes on where it stopped.
 
 import platform
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from selfplay import metrics, store
 from selfplay.errors import Stopped
+from selfplay.filters import make_filters
 from selfplay.models import open_generator
 from selfplay.pairs import Selection, make_selector
 from selfplay.progress import SILENT, Reporter
-from selfplay.protocols import Generator, Judge, JudgeContext, PairSelector
+from selfplay.protocols import FilterContext, Generator, Judge, JudgeContext, PairFilter, PairSelector
 from selfplay.recipe import Recipe
 from selfplay.recipe_file import load_recipe
-from selfplay.run import Round, Run, start_run
+from selfplay.run import OwnParts, Round, Run, start_run
 from selfplay.stages import (
     judge_groups,
     make_pairs,
+    read_selection,
     room_for_judge,
     sample_groups,
     sampling_at,
@@ -91,15 +95,16 @@ def judge(round: Round, generator: Generator, groups: list[Group]) -> list[Judge
 
 def pair(round: Round, groups: list[Group], judgements: list[Judgement] | None) -> Selection:
     """The round's preference pairs."""
-    recipe, judge = round.run.recipe.pairs, round.run.judge
+    run, recipe, seed = round.run, round.run.recipe.pairs, round.seed("pair")
     return make_pairs(
-        round.run.selector or make_selector(recipe, round.index),
+        run.selector or make_selector(recipe, round.index, seed),
         groups,
         judgements,
         round.folder,
-        round=round.index,
-        judge=judge.identity if judge is not None else "",
-        max_unparsed=recipe.max_unparsed,
+        filters=run.filters if run.filters is not None else make_filters(recipe, round.index, run.programs),
+        context=FilterContext(round.index, seed, lambda index: run.round(index).own_pairs),
+        judge=run.judge.identity if run.judge is not None else "",
+        max_unparsed=recipe.unparsed_bound,
     )
 
 
@@ -154,22 +159,15 @@ def finish_round(round: Round) -> None:
     path = round.folder / "round.json"
     if path.exists():
         return
-    folder, recipe = round.folder, round.run.recipe
+    folder = round.folder
     prompts = store.read_records(folder / "prompts.jsonl", Prompt)
     groups = [g for shard in shards(folder / "groups") for g in store.read_records(shard, Group)]
     training = store.read_json(folder / "train" / "result.json")
-    selection = make_pairs(
-        round.run.selector or make_selector(recipe.pairs, round.index),
-        [],
-        None,
-        folder,
-        round=round.index,
-        judge="",
-        max_unparsed=1,
-    )
+    selection = read_selection(folder)
     num_completions = sum(len(g.completions) for g in groups)
     unused = dict(Counter(drop.reason for drop in selection.drops))
-    assert len(prompts) == len({p.prompt_id for p in selection.pairs}) + sum(unused.values())
+    assert len(prompts) == len(selection.own_prompts(round.index)) + sum(unused.values())
+    selected = selection.filters[0].num_in if selection.filters else len(selection.pairs)
     store.write_json(
         path,
         {
@@ -184,7 +182,10 @@ def finish_round(round: Round) -> None:
                 "num_tokens": sum(len(c.token_ids) for g in groups for c in g.completions),
                 "num_unusable_completions": selection.unusable,
                 "num_prompts_without_pair": unused,
+                "num_pairs_selected": selected,
+                "filters": [asdict(count) for count in selection.filters],
                 "num_pairs": len(selection.pairs),
+                "num_pairs_of_earlier_rounds": sum(p.origin_round < round.index for p in selection.pairs),
                 "num_pairs_too_long": training["num_too_long"],
             },
             "train": training,
@@ -208,18 +209,21 @@ def iterate(
     *,
     judge: Judge | None = None,
     selector: PairSelector | None = None,
+    filters: Sequence[PairFilter] | None = None,
     allow_code: bool = False,
     report: Reporter = SILENT,
 ) -> dict[str, Any]:
     """Plays all rounds of a recipe in the run directory `out`, or what is left of them, and returns `status(out)`.
 
-    `judge` stands in for the recipe's judge, `selector` for its pairing. Raises SelfplayError's subclasses; Stopped on Ctrl-C.
+    `judge` stands in for the recipe's judge, `selector` for its pairing, `filters` for its `pairs.filters`. Raises
+    SelfplayError's subclasses; Stopped on Ctrl-C.
     """
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     folder = Path(out)
     with store.locked(folder):
         try:
-            run = start_run(loaded, folder, judge=judge, selector=selector, allow_code=allow_code, report=report)
+            own = OwnParts(judge, selector, filters)
+            run = start_run(loaded, folder, own=own, allow_code=allow_code, report=report)
             for index in range(run.recipe.rounds):
                 if not (run.round(index).folder / "round.json").exists():
                     play_round(run.round(index))

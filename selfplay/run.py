@@ -1,6 +1,7 @@
 """A run directory: opening it, continuing it, and where the files of each round lie."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,16 +9,18 @@ from typing import Any
 from selfplay import store
 from selfplay.adapters import check_lora
 from selfplay.chat import Chat
-from selfplay.errors import RecipeError
+from selfplay.errors import DataError, RecipeError
+from selfplay.filters import NamedFilter, Programs, load_programs
 from selfplay.judges import make_judge
+from selfplay.judges.lift import function_identity
 from selfplay.models import load_chat, local_model, open_generator, resolve_auto
 from selfplay.panel import Panel
 from selfplay.progress import Reporter
 from selfplay.prompts import PromptPool, load_pool
-from selfplay.protocols import Judge, PairSelector
+from selfplay.protocols import Judge, PairFilter, PairSelector
 from selfplay.recipe import Recipe
 from selfplay.recipe_file import check_recipe, differences, dump_recipe, parse_yaml
-from selfplay.types import derive_seed
+from selfplay.types import PreferencePair, Prompt, derive_seed
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,8 @@ class Run:
     pool: PromptPool
     judge: Judge | None
     selector: PairSelector | None  # the user's own; else the recipe's
+    filters: tuple[NamedFilter, ...] | None  # the user's own; else the recipe's
+    programs: Programs  # what the recipe's filters name as programs of the user
     panel: Panel
     report: Reporter
 
@@ -64,20 +69,34 @@ class Round:
         """Where the panel of the starting policy lies."""
         return self.run.round(self.index - 1).folder if self.index else self.run.folder / "initial"
 
+    @property
+    def own_pairs(self) -> list[PreferencePair]:
+        """The pairs that this round made itself and kept, without those that it mixed in."""
+        pairs = store.read_records(self.folder / "pairs.jsonl", PreferencePair)
+        return [pair for pair in pairs if pair.origin_round == self.index]
+
     def seed(self, stage: str) -> int:
         return derive_seed(self.run.recipe.seed, self.index, stage)
 
 
-def start_run(
-    recipe: Recipe,
-    folder: Path,
-    *,
-    judge: Judge | None,
-    selector: PairSelector | None,
-    allow_code: bool,
-    report: Reporter,
-) -> Run:
+@dataclass(frozen=True, slots=True)
+class OwnParts:
+    """What the user passed as objects; each stands in for what the recipe says."""
+
+    judge: Judge | None = None
+    selector: PairSelector | None = None
+    filters: Sequence[PairFilter] | None = None
+
+    def named_filters(self) -> tuple[NamedFilter, ...] | None:
+        """The filters under names that change when their source does."""
+        if self.filters is None:
+            return None
+        return tuple(NamedFilter(function_identity("function", one), one) for one in self.filters)
+
+
+def start_run(recipe: Recipe, folder: Path, *, own: OwnParts, allow_code: bool, report: Reporter) -> Run:
     """Opens or continues a run directory. RecipeError where it holds a run of another recipe, model, data or judge."""
+    judge, selector, filters = own.judge, own.selector, own.named_filters()
     if judge is None and selector is None:
         recipe.check_judged()
     recipe = _same_recipe(recipe, folder)
@@ -88,7 +107,10 @@ def start_run(
     for reason, count in Counter(drop.reason for drop in pool.drops).items():
         report.note(f"prompts: {count} dropped: {reason}")
     for index in range(recipe.rounds):  # a pool that would run out says so now, not hours from now
-        pool.deal(recipe.prompts, index)
+        dealt = pool.deal(recipe.prompts, index)
+        if selector is None and recipe.pairs.needs_gold:
+            _require_gold(dealt, recipe.pairs.kind)
+    programs = load_programs(recipe.pairs, allow_code=allow_code) if filters is None else {}
     report.note(f"prompts: {len(pool.train)} for training, {len(pool.heldout)} held out (form: {pool.form})")
     if judge is None and recipe.judge is not None:
         judge = make_judge(
@@ -106,13 +128,23 @@ def start_run(
         "judge": judge.identity if judge is not None else None,
         "heldout_judge": panel_judge.identity if panel_judge is not None else None,
         "selector": type(selector).__name__ if selector is not None else None,
+        "filters": [one.name for one in filters or ()] + [one.identity for one in programs.values()] or None,
     }
     _same_identity(identity, folder)
     if not (folder / "recipe.yaml").exists() or _read_recipe(folder).rounds != recipe.rounds:
         store.rewrite(folder / "recipe.yaml", dump_recipe(recipe).encode())
     heldout = pool.heldout[: recipe.evaluate.num_prompts]
     panel = Panel(recipe, heldout, panel_judge, report)
-    return Run(folder, recipe, initial, chat, pool, judge, selector, panel, report)
+    return Run(folder, recipe, initial, chat, pool, judge, selector, filters, programs, panel, report)
+
+
+def _require_gold(prompts: Sequence[Prompt], kind: str) -> None:
+    missing = [p for p in prompts if p.gold is None]
+    if missing:
+        raise DataError(
+            f"pairs.kind {kind} needs a gold answer for every prompt, but {len(missing)} of {len(prompts)} have none (the "
+            f"first: {missing[0].id} of {missing[0].source}). Name their column in prompts.gold_column"
+        )
 
 
 def open_judge_model(recipe: Recipe, model: str) -> Any:

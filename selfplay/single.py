@@ -7,25 +7,26 @@ inputs is refused, never reused.
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from selfplay import store
 from selfplay.chat import Chat
 from selfplay.errors import DataError, RecipeError, StorageError
+from selfplay.filters import load_programs, make_filters
 from selfplay.judges import make_judge
 from selfplay.models import load_chat, local_model, open_generator, resolve_auto
 from selfplay.pairs import Selection, make_selector
 from selfplay.progress import Reporter
 from selfplay.prompts import load_pool
-from selfplay.protocols import Judge, JudgeContext
+from selfplay.protocols import FilterContext, Judge, JudgeContext
 from selfplay.recipe import Recipe
 from selfplay.recipe_judges import JudgeRecipe, LLMJudgeRecipe
 from selfplay.stages import judge_groups, make_pairs, room_for_judge, sample_groups, sampling_at, shards
-from selfplay.types import Group, Judgement, derive_seed
+from selfplay.types import Group, Judgement, PreferencePair, derive_seed
 
 IDENTITY = "stage.json"
 
@@ -125,23 +126,37 @@ def open_judge(recipe: Recipe, asked: JudgeRecipe, *, allow_code: bool) -> Judge
     return make_judge(asked, allow_code=allow_code, open_model=open_model)
 
 
-def pairs(recipe: Recipe, groups: Path, judgements: Path | None, out: Path, *, round: int) -> Selection:
+@dataclass(frozen=True, slots=True)
+class PairInputs:
+    """What pairs are made of. `previous` are the pairs.jsonl of earlier rounds, for the filter mix_previous."""
+
+    groups: Path
+    judgements: Path | None = None
+    previous: Sequence[Path] = ()
+    round: int = 0
+
+
+def pairs(recipe: Recipe, inputs: PairInputs, out: Path, *, allow_code: bool) -> Selection:
     """The pairs of judged groups, in the file `out`; it is left alone where it holds other pairs."""
-    if recipe.pairs.kind == "best_vs_worst" and judgements is None:
-        raise RecipeError("pairs.kind best_vs_worst reads scores: name their folder with --judgements")
-    found = read_groups(groups)
-    scores = None if judgements is None or recipe.pairs.kind == "gold_vs_completion" else read_judgements(judgements)
+    if recipe.pairs.reads_scores and inputs.judgements is None:
+        raise RecipeError(f"pairs.kind {recipe.pairs.kind} reads scores: name their folder with --judgements")
+    found = read_groups(inputs.groups)
+    judged = inputs.judgements if recipe.pairs.reads_scores else None
+    scores = None if judged is None else read_judgements(judged)
     if scores is not None and [j.prompt_id for j in scores] != [g.prompt.id for g in found]:
-        raise DataError(f"{judgements}: these are the judgements of other prompts than those in {groups}")
+        raise DataError(f"{judged}: these are the judgements of other prompts than those in {inputs.groups}")
+    seed = derive_seed(recipe.seed, inputs.round, "pair")
+    programs = load_programs(recipe.pairs, allow_code=allow_code)
     with tempfile.TemporaryDirectory() as folder:
         selection = make_pairs(
-            make_selector(recipe.pairs, round),
+            make_selector(recipe.pairs, inputs.round, seed),
             found,
             scores,
             Path(folder),
-            round=round,
-            judge="" if scores is None or judgements is None else _judge_of(judgements),
-            max_unparsed=recipe.pairs.max_unparsed,
+            filters=make_filters(recipe.pairs, inputs.round, programs),
+            context=FilterContext(inputs.round, seed, lambda index: _previous(inputs.previous, index)),
+            judge="" if judged is None else _judge_of(judged),
+            max_unparsed=recipe.pairs.unparsed_bound,
         )
         made = store.read_bytes(Path(folder) / "pairs.jsonl")
     if out.exists() and store.read_bytes(out) != made:
@@ -149,6 +164,18 @@ def pairs(recipe: Recipe, groups: Path, judgements: Path | None, out: Path, *, r
     if not out.exists():
         store.write_bytes(out, made)
     return selection
+
+
+def _previous(files: Sequence[Path], round: int) -> list[PreferencePair]:
+    """The pairs that an earlier round made itself. RecipeError where no file is that round's."""
+    for path in files:
+        found = store.read_records(path, PreferencePair)
+        # a file's newest pairs are its round's own; older ones were mixed in, with the weights of that mix
+        if found and max(pair.origin_round for pair in found) == round:
+            return [pair for pair in found if pair.origin_round == round]
+    raise RecipeError(
+        f"pairs.filters asks for the pairs of round {round}: name its pairs.jsonl with --previous, once for each earlier round"
+    )
 
 
 def _judge_of(judgements: Path) -> str:

@@ -6,17 +6,18 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from selfplay import store
 from selfplay.errors import GeneratorError, NoPairsError, StorageError
+from selfplay.filters import FilterCounts, NamedFilter, apply_filters
 from selfplay.generators.generator import EngineGenerator
 from selfplay.judges.contract import check_unparsed, judge_checked
 from selfplay.judges.llm import LLMJudge
 from selfplay.pairs import Selection, select_pairs
 from selfplay.progress import Advance, Reporter
-from selfplay.protocols import Generator, Judge, JudgeContext, PairSelector
+from selfplay.protocols import FilterContext, Generator, Judge, JudgeContext, PairSelector
 from selfplay.recipe import GeneratorRecipe
 from selfplay.recipe_values import at_round
 from selfplay.types import Drop, Group, Judgement, PreferencePair, Prompt, Sampling
@@ -149,34 +150,53 @@ def make_pairs(
     judgements: Sequence[Judgement] | None,
     folder: Path,
     *,
-    round: int,
+    filters: Sequence[NamedFilter],
+    context: FilterContext,
     judge: str,
     max_unparsed: float,
 ) -> Selection:
-    """The round's pairs, in pairs.jsonl; drops.jsonl says why prompts gave none, unusable.json counts completions.
+    """The pairs that a round trains on, in pairs.jsonl; drops.jsonl says why prompts gave none, unusable.json counts
+    completions, filters.json what each filter took in and let go.
 
     UnparsedGateError and NoPairsError stop the round before training.
     """
-    path = folder / "pairs.jsonl"
-    if path.exists():
-        drops = store.read_records(folder / "drops.jsonl", Drop)
-        unusable = store.read_json(folder / "unusable.json")
-        return Selection(tuple(store.read_records(path, PreferencePair)), tuple(drops), unusable)
+    if (folder / "pairs.jsonl").exists():
+        return read_selection(folder)
     if judgements is not None:
         check_unparsed(judgements, max_unparsed, judge_identity=judge)
-    selection = select_pairs(selector, groups, judgements, round=round, judge=judge)
-    paired = {pair.prompt_id for pair in selection.pairs}
-    assert len(paired) + len(selection.drops) == len(groups), "every group gives pairs or a reason"
-    if not selection.pairs:
-        reasons = sorted({drop.reason for drop in selection.drops})
-        raise NoPairsError(
-            f"round {round}: none of {len(groups)} prompts gave a pair ({'; '.join(reasons)}). The policy is unchanged. "
-            "Sample more completions, raise temperature or max_tokens, or look at the judge's scores"
-        )
+    selected = select_pairs(selector, groups, judgements, round=context.round, judge=judge)
+    _require_pairs(selected, len(groups), context.round)
+    pairs, lost, counts = apply_filters(filters, selected.pairs, context)
+    selection = Selection(tuple(pairs), (*selected.drops, *lost), selected.unusable, tuple(counts))
+    own = selection.own_prompts(context.round)
+    assert len(own) + len(selection.drops) == len(groups), "every group gives pairs or a reason"
+    _require_pairs(selection, len(groups), context.round)
     store.write_records(folder / "drops.jsonl", selection.drops, Drop)
     store.write_json(folder / "unusable.json", selection.unusable)
-    store.write_records(path, selection.pairs, PreferencePair)
+    store.write_json(folder / "filters.json", [asdict(count) for count in selection.filters])
+    store.write_records(folder / "pairs.jsonl", selection.pairs, PreferencePair)
     return selection
+
+
+def read_selection(folder: Path) -> Selection:
+    """What `make_pairs` left in the folder of a round."""
+    pairs = store.read_records(folder / "pairs.jsonl", PreferencePair)
+    drops = store.read_records(folder / "drops.jsonl", Drop)
+    path = folder / "filters.json"
+    found = store.read_json(path) if path.exists() else []  # rounds from before there were filters have none
+    counts = [FilterCounts(**count) for count in found]
+    return Selection(tuple(pairs), tuple(drops), store.read_json(folder / "unusable.json"), tuple(counts))
+
+
+def _require_pairs(selection: Selection, num_prompts: int, round: int) -> None:
+    """NoPairsError where no pair of the round itself is left: training on earlier rounds' alone is not what was asked."""
+    if selection.own_prompts(round):
+        return
+    reasons = sorted({drop.reason for drop in selection.drops})
+    raise NoPairsError(
+        f"round {round}: none of {num_prompts} prompts gave a pair ({'; '.join(reasons)}). The policy is unchanged. "
+        "Sample more completions, raise temperature or max_tokens, or look at the judge's scores and at pairs.filters"
+    )
 
 
 def greedy(sampling: Sampling) -> Sampling:

@@ -86,7 +86,9 @@ class PreferencePair:
     """A better and a worse completion of one prompt. `prompt`, `chosen` and `rejected` are message lists: the Hub's
     conversational preference format, which any other DPO trainer reads.
 
-    An index is the place in the group, None for the gold answer. A score is None where no judge was asked.
+    An index is the place in the group of round `origin_round`, None for the gold answer. A score is None where no judge was
+    asked. A win rate is P(the completion beats one of the policy), in [0, 1]; None where the selector gives none.
+    `weight` multiplies the loss of the pair.
     """
 
     prompt_id: str
@@ -100,6 +102,8 @@ class PreferencePair:
     rejected_index: int | None = None
     chosen_score: float | None = None
     rejected_score: float | None = None
+    chosen_win_rate: float | None = None
+    rejected_win_rate: float | None = None
     weight: float = 1.0
     origin_round: int = 0
     judge: str = ""

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from selfplay.errors import DataError, SelfplayError
 from selfplay.pairs import BestVsWorst, GoldVsCompletion, make_pair, make_selector, select_pairs, unusable_reason
 from selfplay.protocols import PairSelector
-from selfplay.recipe_judges import PairsRecipe
+from selfplay.recipe_pairs import BestVsWorstRecipe, GoldVsCompletionRecipe
 from selfplay.types import Completion, Group, Judgement, Message, PreferencePair, Prompt
 
 SCORE = st.one_of(st.none(), st.sampled_from([0.0, 0.5, 1.0]), st.floats(-10, 10))
@@ -247,9 +247,9 @@ def test_a_selector_that_pairs_what_does_not_belong_together_is_stopped(change: 
 
 
 def test_a_recipe_names_its_selector_with_the_rounds_values() -> None:
-    recipe = PairsRecipe(min_margin=[0.5, 0.1], max_pairs_per_prompt=[1, 4])
-    assert make_selector(recipe, 0) == BestVsWorst(0.5, 1)
-    assert make_selector(recipe, 7) == BestVsWorst(0.1, 4)
-    spin = make_selector(PairsRecipe(kind="gold_vs_completion", max_pairs_per_prompt=2), 0)
+    recipe = BestVsWorstRecipe(min_margin=[0.5, 0.1], max_pairs_per_prompt=[1, 4])
+    assert make_selector(recipe, 0, 0) == BestVsWorst(0.5, 1)
+    assert make_selector(recipe, 7, 0) == BestVsWorst(0.1, 4)
+    spin = make_selector(GoldVsCompletionRecipe(kind="gold_vs_completion", max_pairs_per_prompt=2), 0, 0)
     assert spin == GoldVsCompletion(2)
     assert isinstance(spin, PairSelector)

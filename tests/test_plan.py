@@ -57,6 +57,25 @@ def test_each_round_has_its_own_values_and_follows_the_one_before(tiny: Path, tm
     assert (first.max_steps, second.max_steps) == (4, 1)
 
 
+def test_pairs_are_counted_by_strategy_and_with_those_mixed_in(tiny: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, tiny, rounds=3, prompts={"num_prompts": [6, 4, 5]}).model_dump(mode="json")
+
+    def most(pairs: dict[str, Any]) -> list[int]:
+        plan = make_plan(check_recipe({**recipe, "pairs": pairs}, "test"), tmp_path / "run")
+        return [r.max_pairs for r in plan.rounds]
+
+    assert most({}) == [6, 4, 5]
+    # 4 completions of 6 prompts give 6 pairs each, 2 completions one
+    assert most({"kind": "all_above_margin", "min_margin": 0.5}) == [36, 4, 5]
+    assert most({"kind": "all_above_margin", "min_margin": 0.5, "max_pairs_per_prompt": 5}) == [30, 4, 5]
+    assert most({"kind": "correct_vs_incorrect"}) == [24, 4, 5]
+    assert most({"filters": [{"kind": "mix_previous"}]}) == [6, 10, 9]
+    assert most({"filters": [{"kind": "mix_previous", "window": "all"}]}) == [6, 10, 15]
+    assert most({"filters": [{"kind": "mix_previous", "window": "all", "share": 0.5}]}) == [6, 8, 10]
+    recipe |= {"pairs": {"filters": [{"kind": "mix_previous"}]}}
+    assert "best_vs_worst -> mix_previous" in printed(make_plan(check_recipe(recipe, "test"), tmp_path / "run"))
+
+
 def test_an_initial_reference_stays_the_model(tiny: Path, tmp_path: Path) -> None:
     rounds = make_plan(recipe_of(tmp_path, tiny, train={"reference": "initial"}), tmp_path / "run").rounds
     assert [r.reference for r in rounds] == [str(tiny)] * 2

@@ -27,6 +27,8 @@ NAMES = {
     "Judge",
     "JudgeContext",
     "PairSelector",
+    "PairFilter",
+    "FilterContext",
     "SelfplayError",
     "RecipeError",
     "DataError",

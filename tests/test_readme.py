@@ -6,7 +6,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from typer.testing import CliRunner
@@ -14,7 +14,9 @@ from typer.testing import CliRunner
 import selfplay
 from selfplay.cli import app
 from selfplay.errors import NoPairsError, UnparsedGateError
-from selfplay.recipe_file import load_recipe
+from selfplay.recipe_file import check_recipe, load_recipe, parse_yaml
+from selfplay.recipe_filters import FilterRecipe
+from selfplay.recipe_pairs import PairsRecipe
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -72,8 +74,9 @@ def test_the_readmes_commands_run_in_its_order(checkout: list[str], tmp_path: Pa
             (tmp_path / "models" / "smollm2-135m-instruct").symlink_to(checkout[-1].removeprefix("model="))
         result = CliRunner().invoke(app, [*command, *extra])
         # a random model may give a round without any pair, or none of its probability to a label; all before that has run
-        ended = result.exit_code == 0 or isinstance(result.exception, NoPairsError | UnparsedGateError)
-        assert ended, f"{command}: {result.output}"
+        assert result.exit_code == 0 or isinstance(result.exception, (NoPairsError, UnparsedGateError)), (
+            f"{command}: {result.output}"
+        )
 
 
 def test_the_readmes_python_block_runs(checkout: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,9 +87,23 @@ def test_the_readmes_python_block_runs(checkout: list[str], tmp_path: Path, monk
         return load_recipe(path, [*checkout, "judge.truncated_fails=false"])
 
     monkeypatch.setattr(selfplay, "load_recipe", load)
-    monkeypatch.setattr("selfplay.pairs.usable", lambda group, judgement: list(range(len(group.completions))))
+    monkeypatch.setattr("selfplay.pairs.eligible.usable", lambda group, judgement: list(range(len(group.completions))))
     exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
     assert selfplay.status(tmp_path / "runs" / "shorter")["rounds"][0]["state"] == "done"
+
+
+def test_the_readmes_piece_of_a_recipe_is_a_valid_one() -> None:
+    (block,) = (text for language, text in BLOCKS if language == "yaml")
+    prompts = {"source": "p.jsonl", "deal": "same"}
+    recipe = check_recipe({"model": "m", "prompts": prompts, **parse_yaml(block, "README.md")[0]}, "README.md")
+    assert [one.kind for one in recipe.pairs.filters] == ["mix_previous", "near_duplicates"]
+
+
+def test_the_readmes_tables_name_every_strategy_and_filter() -> None:
+    for union in (PairsRecipe, FilterRecipe):
+        for model in get_args(get_args(union)[0]):
+            (kind,) = get_args((get_args(model) or (model,))[0].model_fields["kind"].annotation)
+            assert f"\n| `{kind}` |" in README
 
 
 def test_the_file_map_names_what_is_there() -> None:

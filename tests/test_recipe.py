@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from selfplay.errors import RecipeError
 from selfplay.recipe import Recipe
 from selfplay.recipe_file import check_recipe, load_recipe, parse_yaml
-from selfplay.recipe_judges import PairsRecipe, VerifierRecipe
+from selfplay.recipe_judges import VerifierRecipe
+from selfplay.recipe_pairs import BestVsWorstRecipe
 from selfplay.recipe_values import at_round
 from selfplay.train.settings import settings_at
 
@@ -65,13 +66,14 @@ def test_an_unknown_key_is_refused_with_the_nearest_one(tmp_path: Path, extra: s
 
 def test_a_key_like_no_other_is_refused_with_all_that_are_allowed(tmp_path: Path) -> None:
     said = fault(tmp_path, "pairs: {zzz: 1}\n")
-    assert f"pairs.zzz: unknown key; allowed: {', '.join(PairsRecipe.model_fields)}" in said
+    assert f"pairs.zzz: unknown key; allowed: {', '.join(BestVsWorstRecipe.model_fields)}" in said
 
 
 @given(st.data())
 def test_every_key_misspelt_by_one_edit_is_refused_by_name(data: st.DataObject) -> None:
     section = data.draw(st.sampled_from(["prompts", "chat", "generator", "pairs", "train", "evaluate"]))
-    fields = list(Recipe.model_fields[section].annotation.model_fields)  # type: ignore[union-attr]
+    model = BestVsWorstRecipe if section == "pairs" else Recipe.model_fields[section].annotation
+    fields = list(model.model_fields)  # type: ignore[union-attr]
     key = data.draw(st.sampled_from(fields))
     at = data.draw(st.integers(0, len(key) - 1))
     wrong = data.draw(
@@ -184,6 +186,31 @@ def test_warmup_ratio_is_the_old_name_of_warmup_steps(tmp_path: Path) -> None:
         ({"generator": {"num_completions": 1}}, "at least 2"),
         ({"generator": {"num_completions": [4, 1]}}, "at least 2"),
         ({"pairs": {"kind": "gold_vs_completion"}}, "remove the judge"),
+        ({"pairs": {"kind": "gold_vs_completion", "min_margin": 1}, "judge": None}, "pairs.min_margin: unknown key"),
+        ({"pairs": {"kind": "gold_vs_completion", "max_unparsed": 0.1}, "judge": None}, "pairs.max_unparsed: unknown"),
+        ({"pairs": {"kind": "best_vs_random", "length_rho": 0.1}}, "pairs.length_rho: unknown key"),
+        ({"pairs": {"kind": "best_vs_worst", "k": 2}}, "pairs.k: unknown key"),
+        ({"pairs": {"kind": "top_k_vs_bottom_k"}}, "pairs.k: missing"),
+        ({"pairs": {"kind": "top_k_vs_bottom_k", "k": [2, 3]}}, "pairs.k is 3, but 4 completions"),
+        ({"pairs": {"kind": "top_k_vs_bottom_k", "k": 2}, "generator": {"num_completions": [4, 3]}}, "k is 2, but 3"),
+        ({"pairs": {"kind": "all_above_margin"}}, "pairs.min_margin: missing"),
+        ({"pairs": {"length_rho": 0.5}}, "pairs.length_rho"),
+        ({"pairs": {"kind": "correct_vs_incorrect"}, "generator": {"num_completions": 1}}, "at least 2"),
+        ({"pairs": {"kind": "win_rates"}}, "verifier judge are no win rates: say order"),
+        ({"pairs": {"kind": "best_of_all"}}, "pairs.kind: there is no kind 'best_of_all'; allowed: 'best_vs_worst'"),
+        ({"pairs": 3}, "pairs"),
+        ({"pairs": {"filters": [{}]}}, "pairs.filters.0.kind: missing"),
+        (
+            {"pairs": {"filters": [{"kind": "x"}]}},
+            "pairs.filters.0.kind: there is no kind 'x'; allowed: 'mix_previous'",
+        ),
+        (
+            {"pairs": {"filters": [{"kind": "near_duplicates", "ngrams": 2}]}},
+            'filters.0.ngrams: .*did you mean "ngram"',
+        ),
+        ({"pairs": {"filters": [{"kind": "mix_previous", "window": 0}]}}, r"pairs\.filters\.0\.window: Input"),
+        ({"pairs": {"filters": [{"kind": "mix_previous", "weights": [1, 2]}]}}, "reaches back 1 rounds only"),
+        ({"pairs": {"filters": [{"kind": "mix_previous"}, {"kind": "mix_previous"}]}}, "mix_previous is there twice"),
         ({"train": {"schedule_scope": "run"}}, "train: .*needs max_steps"),
         ({"train": {"max_steps": 0}}, "train: max_steps is 0"),
         ({"train": {"max_steps": [3, -2]}}, "train: max_steps is -2"),
@@ -203,6 +230,11 @@ def test_a_selector_of_scores_needs_a_judge_and_spin_needs_none() -> None:
         unjudged.check_judged()
     check_recipe(small(judge=None, pairs={"kind": "gold_vs_completion"}), "r.yaml").check_judged()
     check_recipe(small(), "r.yaml").check_judged()
+    rpo = {"kind": "correct_vs_incorrect", "add_gold": True}
+    with pytest.raises(RecipeError, match="correct_vs_incorrect reads scores"):
+        check_recipe(small(judge=None, pairs=rpo), "r.yaml").check_judged()
+    # beside the gold answer one completion is enough
+    check_recipe(small(pairs=rpo, generator={"num_completions": 1}), "r.yaml").check_judged()
 
 
 def test_the_panel_asks_its_own_judge_or_the_runs() -> None:

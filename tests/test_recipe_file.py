@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from selfplay.errors import RecipeError
 from selfplay.recipe import Recipe
 from selfplay.recipe_file import check_recipe, differences, dump_recipe, load_recipe, parse_yaml
+from selfplay.recipe_filters import PythonFilterRecipe
 from selfplay.recipe_judges import LLMJudgeRecipe, PythonJudgeRecipe
 
 SMALL = """\
@@ -47,6 +48,20 @@ def fault(folder: Path, extra: str, *overrides: str) -> str:
 def small(**changes: Any) -> dict[str, Any]:
     data: dict[str, Any] = yaml.safe_load(SMALL)
     return data | changes
+
+
+def test_a_fault_in_a_listed_filter_has_its_line(tmp_path: Path) -> None:
+    said = fault(
+        tmp_path, "pairs:\n  filters:\n    - {kind: exact_duplicates}\n    - kind: cap_per_prompt\n      max_pair: 2\n"
+    )
+    assert "recipe.yaml:10: pairs.filters.1.max_pair: unknown key" in said
+    assert 'did you mean "max_pairs"?' in said
+
+
+def test_a_filter_program_is_found_beside_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").touch()
+    (one,) = load(tmp_path, "pairs: {filters: [{kind: python, target: 'mine.py:f'}]}\n").pairs.filters
+    assert one == PythonFilterRecipe(kind="python", target=f"{tmp_path / 'mine.py'}:f")
 
 
 def test_every_fault_has_its_line_and_all_are_listed(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from selfplay.report import (
     drops_table,
+    filter_line,
     interval,
     number,
     panel_table,
@@ -171,3 +172,10 @@ def test_a_group_is_shown_with_scores_and_notes_and_without_escapes() -> None:
         "  note: no verdict",
     ]
     assert isinstance(shown("x"), Text)
+
+
+def test_a_filter_says_what_came_in_what_went_and_what_is_left() -> None:
+    count = {"filter": "mix_previous", "num_in": 10, "num_added": 4, "num_dropped": 0, "num_out": 14}
+    assert filter_line(count) == "mix_previous: 10 pairs + 4 of earlier rounds - 0 dropped = 14"
+    count = {"filter": "own\x1b[31m", "num_in": 10, "num_added": 0, "num_dropped": 3, "num_out": 7}
+    assert filter_line(count) == "own: 10 pairs - 3 dropped = 7"

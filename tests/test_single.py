@@ -65,6 +65,41 @@ def test_pairs_of_an_old_run_are_made_again_from_its_own_judgements(run: Path, r
     assert (tmp_path / "p.jsonl").read_bytes() == (first / "pairs.jsonl").read_bytes()
 
 
+MIX = ["--set", "pairs.filters=[{kind: mix_previous}]"]
+
+
+def test_pairs_of_an_earlier_round_are_mixed_in_from_its_file(
+    run: Path, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second, out = run / "round-000", run / "round-001", tmp_path / "p.jsonl"
+    arguments = ["pairs", str(recipe), "--groups", str(second / "groups"), "--judgements", str(second / "judgements")]
+    arguments += ["--out", str(out), "--round", "1", *MIX]
+    assert main(arguments) == 64
+    assert "the pairs of round 0: name its pairs.jsonl with --previous" in capsys.readouterr().err
+    assert main([*arguments, "--previous", str(second / "pairs.jsonl")]) == 64
+    assert main([*arguments, "--previous", str(second / "pairs.jsonl"), "--previous", str(first / "pairs.jsonl")]) == 0
+    own, old = (store.read_records(folder / "pairs.jsonl", PreferencePair) for folder in (second, first))
+    assert store.read_records(out, PreferencePair) == [*own, *old]
+    said = f"filter mix_previous: {len(own)} pairs + {len(old)} of earlier rounds - 0 dropped = {len(own) + len(old)}"
+    assert said in capsys.readouterr().out
+    assert [p.origin_round for p in old] == [0] * len(old)
+
+
+def test_a_filter_program_of_a_stage_runs_only_when_allowed(run: Path, recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "my.py").write_text("def two(pairs, context):\n    return pairs[:2]\n")
+    first, target = run / "round-000", tmp_path / "my.py"
+    arguments = ["pairs", str(recipe), "--groups", str(first / "groups"), "--judgements", str(first / "judgements")]
+    arguments += [
+        "--out",
+        str(tmp_path / "p.jsonl"),
+        "--set",
+        f"pairs.filters=[{{kind: python, target: '{target}:two'}}]",
+    ]
+    assert main(arguments) == 77
+    assert main([*arguments, "--allow-code"]) == 0
+    assert len(store.read_records(tmp_path / "p.jsonl", PreferencePair)) == 2
+
+
 def test_a_panel_alone_is_the_run_s_own(run: Path, recipe: Path, tiny: Path, tmp_path: Path) -> None:
     ok("evaluate", recipe, "--model", tiny, "--out", tmp_path)
     assert (tmp_path / "eval.json").read_bytes() == (run / "initial" / "eval.json").read_bytes()

@@ -12,7 +12,7 @@ Overrides = Annotated[
         "--set", metavar="KEY=VALUE", help="Override a key of the recipe: train.learning_rate=1e-6. Repeatable."
     ),
 ]
-AllowCode = Annotated[bool, typer.Option("--allow-code", help="Run the judge program that the recipe names.")]
+AllowCode = Annotated[bool, typer.Option("--allow-code", help="Run the programs that the recipe names.")]
 RoundIndex = Annotated[int, typer.Option("--round", min=0, help="The round, from 0: its prompts, seeds and settings.")]
 Model = Annotated[str, typer.Option(help="A model folder, or a hub id.", show_default=False)]
 Groups = Annotated[

@@ -50,6 +50,8 @@ def show_command(
     pairs: dict[str, list[PreferencePair]] = {}
     if (folder / "pairs.jsonl").exists():
         for pair in store.read_records(folder / "pairs.jsonl", PreferencePair):
+            if pair.origin_round != round:
+                continue  # its indices are places in the group of the round that it was mixed in from
             pairs.setdefault(pair.prompt_id, []).append(pair)
     console = make_console()
     for group, judgement in first_groups(folder, limit):

@@ -8,6 +8,7 @@ selfplay evaluate RECIPE --model w/policy --out w/panel
 """
 
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +17,7 @@ import typer
 from selfplay.commands.options import AllowCode, Groups, Model, OutFolder, Overrides, RecipeFile, RoundIndex
 from selfplay.progress import Reporter
 from selfplay.recipe_file import load_recipe
-from selfplay.report import make_console, number, print_policy, reasons
+from selfplay.report import filter_line, make_console, number, print_policy, reasons
 
 
 def generate_command(
@@ -57,16 +58,24 @@ def pairs_command(
     groups: Groups,
     out: Annotated[Path, typer.Option(help="The file of pairs to write.", show_default=False)],
     judgements: Annotated[Path | None, typer.Option(help="A folder of judgements.", show_default=False)] = None,
+    previous: Annotated[
+        list[Path] | None,
+        typer.Option(help="The pairs.jsonl of an earlier round, for the filter mix_previous. Repeatable."),
+    ] = None,
     round: RoundIndex = 0,
     overrides: Overrides = None,
+    allow_code: AllowCode = False,
 ) -> None:
     """Make preference pairs of judged completions."""
     loaded = load_recipe(recipe, overrides or ())
-    from selfplay.single import pairs
+    from selfplay.single import PairInputs, pairs
 
-    selection = pairs(loaded, groups, judgements, out, round=round)
+    inputs = PairInputs(groups, judgements, previous or (), round)
+    selection = pairs(loaded, inputs, out, allow_code=allow_code)
     dropped = Counter(drop.reason for drop in selection.drops)
     typer.echo(f"{out}: {len(selection.pairs)} pairs")
+    for count in selection.filters:
+        typer.echo(f"filter {filter_line(asdict(count))}")
     typer.echo(f"prompts without a pair: {reasons(dropped)}")
     typer.echo(f"completions not used: {reasons(selection.unusable)}")
 

@@ -12,6 +12,7 @@ from selfplay.judges.verifier import validate_checks
 from selfplay.models import local_model
 from selfplay.recipe import Recipe
 from selfplay.recipe_file import load_recipe
+from selfplay.recipe_filters import PythonFilterRecipe
 from selfplay.recipe_judges import JudgeRecipe, LLMJudgeRecipe, PythonJudgeRecipe, VerifierRecipe
 from selfplay.report import safe_text
 
@@ -47,6 +48,9 @@ def check(recipe: Recipe) -> None:
     for key, judge in (("judge", recipe.judge), ("evaluate.judge", recipe.evaluate.judge)):
         if judge is not None:
             _check_judge(key, judge)
+    for index, one in enumerate(recipe.pairs.filters):
+        if isinstance(one, PythonFilterRecipe):
+            _check_target(f"pairs.filters.{index}", one.target)
 
 
 def _check_model(key: str, model: str) -> None:
@@ -72,6 +76,10 @@ def _check_judge(key: str, judge: JudgeRecipe) -> None:
         if judge.model != "policy":
             _check_model(f"{key}.model", judge.model)
     elif isinstance(judge, PythonJudgeRecipe):
-        file = judge.target.partition(":")[0]
-        if file.endswith(".py") and not Path(file).is_file():
-            raise RecipeError(f"{key}.target: {file}: no such file")
+        _check_target(key, judge.target)
+
+
+def _check_target(key: str, target: str) -> None:
+    file = target.partition(":")[0]
+    if file.endswith(".py") and not Path(file).is_file():
+        raise RecipeError(f"{key}.target: {file}: no such file")

@@ -23,22 +23,23 @@ PROMPTS_SHOWN = 3
 
 
 class Blamed:
-    """A `with` block around foreign code: whatever it raises becomes a JudgeError that says where, chained to the
-    cause.
+    """A `with` block around foreign code: whatever it raises becomes a JudgeError (or another `error`) that says where,
+    chained to the cause.
 
     SystemExit too, else a judge that calls `sys.exit(0)` would end the run as a success. Ctrl-C and selfplay's own
     errors pass: they say where already, and keep their exit code.
     """
 
-    def __init__(self, where: str) -> None:
+    def __init__(self, where: str, error: type[SelfplayError] = JudgeError) -> None:
         self.where = where
+        self.error = error
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if isinstance(error, Exception | SystemExit) and not isinstance(error, SelfplayError):
-            raise JudgeError(f"{self.where}: {type(error).__name__}: {error}") from error
+            raise self.error(f"{self.where}: {type(error).__name__}: {error}") from error
 
 
 def as_score(value: object, where: str) -> float | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, runtime_checkable
 
-from selfplay.errors import RecipeError, SecurityError
+from selfplay.errors import JudgeError, RecipeError, SecurityError, SelfplayError
 from selfplay.judges.contract import Blamed
 from selfplay.judges.lift import MAX_CONCURRENCY, PairwiseJudge, PointwiseJudge
 from selfplay.protocols import Judge, JudgeContext
@@ -48,33 +48,44 @@ def load_python_judge(target: str, base: Path, *, allow_code: bool) -> Judge:
     SecurityError unless `allow_code`; RecipeError: nothing there, or nothing that judges; JudgeError: it raised on
     import.
     """
+    found, identity = load_target(target, base, key="judge.target", error=JudgeError, allow_code=allow_code)
+    return LoadedJudge(_as_judge(found, target), f"python:{identity}")
+
+
+def load_target(
+    target: str, base: Path, *, key: str, error: type[SelfplayError], allow_code: bool
+) -> tuple[object, str]:
+    """What `target` names, and a text with the SHA-256 of its source. `key` is its place in the recipe, for messages.
+
+    SecurityError unless `allow_code`; RecipeError where nothing is there; `error` where it raised on import.
+    """
     place, colon, name = target.rpartition(":")
     if not colon or not place or not name.isidentifier():
-        raise RecipeError(f'judge.target {target!r}: write "file.py:name" or "package.module:name".')
+        raise RecipeError(f'{key} {target!r}: write "file.py:name" or "package.module:name".')
     if not allow_code:
         raise SecurityError(
-            f"judge.target {target!r} is a program that this recipe wants to run. "
+            f"{key} {target!r} is a program that this recipe wants to run. "
             "Read it first; then pass --allow-code to allow it."
         )
-    is_file = place.endswith(".py")
-    module, digest = _load_file(base / place, target) if is_file else _import_module(place, target)
+    where, is_file = f"{key} {target!r}", place.endswith(".py")
+    module, digest = _load_file(base / place, where, error) if is_file else _import_module(place, where, error)
     if name not in vars(module):
         close = difflib.get_close_matches(name, vars(module), n=1)
         hint = f'; did you mean "{close[0]}"?' if close else ""
-        raise RecipeError(f"judge.target {target!r}: {place} has no {name!r}{hint}")
+        raise RecipeError(f"{where}: {place} has no {name!r}{hint}")
     # the name of a file and not its path: a run and its recipe can be moved
     shown = f"{Path(place).name if is_file else place}:{name}"
-    return LoadedJudge(_as_judge(vars(module)[name], target), f"python:{shown} sha256:{digest}")
+    return vars(module)[name], f"{shown} sha256:{digest}"
 
 
-def _load_file(path: Path, target: str) -> tuple[ModuleType, str]:
+def _load_file(path: Path, where: str, error: type[SelfplayError]) -> tuple[ModuleType, str]:
     """The executed file and its SHA-256. What is hashed is what runs: compiled cache files are not used."""
     try:
         source = path.read_bytes()
-    except OSError as error:
-        raise RecipeError(f"judge.target {target!r}: can't read {path} ({error.strerror}).") from error
+    except OSError as reason:
+        raise RecipeError(f"{where}: can't read {path} ({reason.strerror}).") from reason
     digest = hashlib.sha256(source).hexdigest()
-    name = f"selfplay_judge_{path.stem}_{digest[:8]}"
+    name = f"selfplay_user_{path.stem}_{digest[:8]}"
     spec = spec_from_file_location(name, path)
     assert spec is not None
     module = module_from_spec(spec)
@@ -82,14 +93,14 @@ def _load_file(path: Path, target: str) -> tuple[ModuleType, str]:
     if folder not in sys.path:
         sys.path.append(folder)  # last, so that a neighbour can't stand in for an installed module
     sys.modules[name] = module  # dataclasses and pickle look a class's module up there
-    with Blamed(f"judge.target {target!r}: {path.name} failed on import"):
+    with Blamed(f"{where}: {path.name} failed on import", error):
         exec(compile(source, str(path), "exec"), vars(module))
     return module, digest
 
 
-def _import_module(place: str, target: str) -> tuple[ModuleType, str]:
+def _import_module(place: str, where: str, error: type[SelfplayError]) -> tuple[ModuleType, str]:
     """The imported module and the SHA-256 of its source file."""
-    with Blamed(f"judge.target {target!r}: {place} failed on import"):
+    with Blamed(f"{where}: {place} failed on import", error):
         try:
             spec = find_spec(place)
         except ModuleNotFoundError:  # of a parent package
@@ -98,7 +109,7 @@ def _import_module(place: str, target: str) -> tuple[ModuleType, str]:
             module = importlib.import_module(place)
             return module, hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()
     raise RecipeError(
-        f"judge.target {target!r}: no module {place} with a file can be imported here. "
+        f"{where}: no module {place} with a file can be imported here. "
         'A file beside the recipe is written "file.py:name".'
     )
 

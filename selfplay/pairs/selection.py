@@ -1,0 +1,87 @@
+"""All groups of a round through a selector, with every row accounted for."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol, runtime_checkable
+
+from selfplay.errors import SelfplayError
+from selfplay.filters import FilterCounts
+from selfplay.pairs.eligible import unusable_reason
+from selfplay.protocols import PairSelector
+from selfplay.types import Drop, Group, Judgement, PreferencePair
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The pairs of a round after its filters, why prompts gave none, how many completions could not be used, by reason, and
+    what each filter did.
+    """
+
+    pairs: tuple[PreferencePair, ...]
+    drops: tuple[Drop, ...]
+    unusable: dict[str, int] = field(default_factory=dict)
+    filters: tuple[FilterCounts, ...] = ()
+
+    def own_prompts(self, round: int) -> set[str]:
+        """Ids of the prompts of `round` itself that have a pair; earlier rounds' pairs may stand beside theirs."""
+        return {pair.prompt_id for pair in self.pairs if pair.origin_round == round}
+
+
+@runtime_checkable
+class _SaysWhy(Protocol):
+    """A selector that can tell why a group with usable completions gave no pair."""
+
+    def why_none(self, group: Group, judgement: Judgement | None) -> str: ...
+
+
+def select_pairs(
+    selector: PairSelector,
+    groups: Sequence[Group],
+    judgements: Sequence[Judgement] | None,
+    *,
+    round: int = 0,
+    judge: str = "",
+) -> Selection:
+    """All pairs of a round; every group gives pairs or a drop with its reason.
+
+    SelfplayError where a selector pairs what does not belong together.
+    """
+    pairs: list[PreferencePair] = []
+    drops: list[Drop] = []
+    unusable: Counter[str] = Counter()
+    for n, group in enumerate(groups):
+        judgement = judgements[n] if judgements is not None else None
+        assert judgement is None or judgement.prompt_id == group.prompt.id
+        reasons = [unusable_reason(group, i, judgement) for i in range(len(group.completions))]
+        found = [_checked(pair, group, judgement) for pair in selector.select(group, judgement)]
+        used = {i for pair in found for i in (pair.chosen_index, pair.rejected_index)}
+        unusable.update(reason for i, reason in enumerate(reasons) if reason is not None and i not in used)
+        pairs += [replace(pair, origin_round=round, judge=judge) for pair in found]
+        if not found:
+            drops.append(Drop(group.prompt.id, _why_none(selector, group, judgement, reasons)))
+    return Selection(tuple(pairs), tuple(drops), dict(unusable))
+
+
+def _why_none(selector: PairSelector, group: Group, judgement: Judgement | None, reasons: list[str | None]) -> str:
+    num_usable = reasons.count(None)
+    if num_usable and isinstance(selector, _SaysWhy):
+        return selector.why_none(group, judgement)
+    few = num_usable < (1 if judgement is None else 2)
+    return "too few usable completions" if few else "tie, or margin below min_margin"
+
+
+def _checked(pair: PreferencePair, group: Group, judgement: Judgement | None) -> PreferencePair:
+    where = f"the pair selector, prompt {group.prompt.id}"
+    if pair.prompt_id != group.prompt.id or pair.prompt_token_ids != group.prompt_token_ids:
+        raise SelfplayError(
+            f"the pair selector returned a pair of prompt {pair.prompt_id} for prompt {group.prompt.id}"
+        )
+    if pair.chosen == pair.rejected or pair.chosen_token_ids == pair.rejected_token_ids:
+        raise SelfplayError(f"{where}: returned equal chosen and rejected completions")
+    if pair.margin is not None and pair.margin < 0:
+        raise SelfplayError(f"{where}: chose the lower-scored completion")
+    for index in (pair.chosen_index, pair.rejected_index):
+        if judgement is not None and index is not None and judgement.scores[index] is None:
+            raise SelfplayError(f"{where}: paired completion {index}, which has no verdict")
+    return pair
