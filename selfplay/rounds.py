@@ -22,7 +22,7 @@ from selfplay.progress import SILENT, Reporter
 from selfplay.protocols import Generator, Judge, JudgeContext, PairSelector
 from selfplay.recipe import Recipe
 from selfplay.recipe_file import load_recipe
-from selfplay.run import Round, Run, start_run
+from selfplay.run import Round, Run, report_swept, start_run
 from selfplay.stages import (
     judge_groups,
     make_pairs,
@@ -106,6 +106,7 @@ def pair(round: Round, groups: list[Group], judgements: list[Judgement] | None) 
 def train_dpo(round: Round, selection: Selection) -> Path:
     """The policy after DPO on the round's pairs, the reference being what the recipe says."""
     if round.policy.exists():
+        store.remove_folder(round.folder / "train" / "checkpoints")  # a kill may have come between the two
         return round.policy
     from selfplay.train.launch import launch
 
@@ -219,6 +220,7 @@ def iterate(
     folder = Path(out)
     with store.locked(folder):
         try:
+            report_swept(folder, report)
             run = start_run(loaded, folder, judge=judge, selector=selector, allow_code=allow_code, report=report)
             for index in range(run.recipe.rounds):
                 if not (run.round(index).folder / "round.json").exists():
