@@ -23,9 +23,8 @@ from torch import Tensor
 from selfplay import store
 from selfplay.errors import StorageError
 from selfplay.train.optim import Masters, load_state, state_tensors
-from selfplay.train.settings import TrainJob
+from selfplay.train.settings import KEPT_CHECKPOINTS, TrainJob
 
-KEPT = 2
 FILE_BYTES = 4 << 30  # safetensors builds a file in memory before it writes it
 # save_steps: auto. At most this much training is lost to a kill, unless writing takes so long that it would cost more than
 # a twentieth of the time.
@@ -111,7 +110,7 @@ class Checkpoints:
         result: dict[str, Any],
         rows: list[dict[str, Any]],
     ) -> Path:
-        """Writes one, of the step that `rows` end with, and removes all but the last KEPT."""
+        """Writes one, of the step that `rows` end with, and removes all but the last KEPT_CHECKPOINTS."""
         step, epoch = rows[-1]["step"], rows[-1]["epoch"]
         data = {"step": step, "epoch": epoch, "max_pack_tokens": max_pack_tokens, "result": result}
 
@@ -123,7 +122,7 @@ class Checkpoints:
 
         path = self.folder / f"step-{step:06d}"
         store.write_folder(path, write)
-        for old in self._folders()[:-KEPT]:
+        for old in self._folders()[:-KEPT_CHECKPOINTS]:
             store.remove_folder(old)
         return path
 

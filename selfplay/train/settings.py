@@ -8,6 +8,10 @@ from selfplay.errors import RecipeError
 from selfplay.recipe_train import TrainRecipe
 from selfplay.recipe_values import at_round
 
+KEPT_CHECKPOINTS = 2
+# of an optimizer's state, for each parameter that trains
+STATE_BYTES = {"adamw_torch": 8, "adamw_bnb_8bit": 2, "rmsprop": 4}
+
 
 @dataclass(frozen=True, slots=True)
 class TrainSettings:

@@ -20,8 +20,14 @@ from selfplay import faults
 from selfplay.train.loop import run_training
 from selfplay.types import PreferencePair
 
-# 3 steps an epoch, so a checkpoint after step 2 lies in the first epoch and one after step 4 in the second
-RIG: dict[str, Any] = {"max_steps": 5, "save_steps": 2, "warmup_steps": 2, "lr_scheduler_type": "cosine"}
+# 4 steps an epoch: the checkpoint after step 2 lies within one, that after step 4 at its end
+RIG: dict[str, Any] = {
+    "max_steps": 5,
+    "batch_size": 3,
+    "save_steps": 2,
+    "warmup_steps": 2,
+    "lr_scheduler_type": "cosine",
+}
 # Passed once in every step, where nothing is different from a kill at train.step.
 SAME = ("train.pack", "train.loss", "train.gradient", "train.update", "store.append")
 
