@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -27,30 +27,11 @@ from selfplay.train.optim import (
     save_optimizer,
 )
 from selfplay.train.pack import Pack, build_packs, form_steps
+from selfplay.train.progress import SILENT, Progress
 from selfplay.train.reference import ReferenceLogps, audit_engine, check_zero_logratios, pair_logps, score_pairs
 from selfplay.train.settings import TrainJob, TrainSettings
 from selfplay.train.stop import stopping
 from selfplay.types import Group, PreferencePair
-
-
-class Progress(Protocol):
-    """Who is told how far a job is."""
-
-    def __call__(self, what: str, done: int, total: int) -> None: ...
-
-    def note(self, text: str) -> None:
-        """One line for the user."""
-
-
-class _Silent:
-    def __call__(self, what: str, done: int, total: int) -> None:
-        pass
-
-    def note(self, text: str) -> None:
-        pass
-
-
-SILENT = _Silent()
 
 
 @dataclass(slots=True)
@@ -269,7 +250,8 @@ def _run_steps(
             store.append_json_line(path, rows[-1])
             progress("train", number, len(steps))
             faults.hit("train.boundary")
-            if stop.asked or (number < len(steps) and due.after(number)):
+            asked = stop.asked  # once: a signal may come between two looks
+            if asked or (number < len(steps) and due.after(number)):
                 started = time.monotonic()
                 folder = checkpoints.save(
                     trainer.masters,
@@ -279,7 +261,7 @@ def _run_steps(
                     rows=rows,
                 )
                 due.written(started)
-            if stop.asked:
+            if asked:
                 raise Stopped(
                     f"stopped after training step {number} of {len(steps)}; what is done is in {folder}. "
                     "The same command goes on from there"

@@ -14,10 +14,11 @@ from torch import Tensor
 from selfplay import faults, store
 from selfplay.errors import NonFiniteError, RecipeError
 from selfplay.train.logps import TokenLogps
-from selfplay.train.loop import SILENT, Trainer, run_training
+from selfplay.train.loop import Trainer, run_training
 from selfplay.train.model import load_model
 from selfplay.train.optim import Masters, make_optimizer, make_schedule
 from selfplay.train.pack import build_packs
+from selfplay.train.progress import SILENT
 from selfplay.train.reference import ReferenceLogps
 from selfplay.train.settings import TrainJob
 from selfplay.types import PreferencePair
