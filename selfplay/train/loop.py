@@ -6,7 +6,7 @@ without gradients over packs, and from disk ever after. A job that was stopped g
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from selfplay.errors import NonFiniteError, NoPairsError, RecipeError, Stopped
 from selfplay.losses import reward_metrics, total_loss
 from selfplay.train.checkpoint import Checkpoints, Due, Found
 from selfplay.train.logps import TokenLogps
+from selfplay.train.memory import free_memory, in_smaller_packs
 from selfplay.train.model import default_device, load_model, probe, save_policy
 from selfplay.train.optim import (
     Masters,
@@ -106,8 +107,7 @@ class Trainer:
         self.pack = None
         self.halved.append({"step": step, "max_pack_tokens": self.max_pack_tokens})
         self.masters.clear_gradients()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # blocks of the old sizes would stand in the way of the new ones
+        free_memory()
         self.note(
             f"training: out of memory at step {step}; from here on packs hold at most {self.max_pack_tokens} tokens. "
             "The pairs of a step stay the same"
@@ -204,27 +204,31 @@ def _prepare(
     module = TokenLogps(model)
     if found is None:
         result |= audit_engine(module, _groups(job), bound=settings.max_audit_difference, device=device) or {}
+    cap = found.max_pack_tokens if found is not None else settings.max_pack_tokens
+
+    def halved(smaller: int) -> None:
+        nonlocal cap
+        cap = smaller
+        result["out_of_memory"].append({"step": 0, "max_pack_tokens": cap})
+        progress.note(f"training: out of memory before the first step; from here on packs hold at most {cap} tokens")
+
+    def score(max_pack_tokens: int) -> ReferenceLogps:
+        smaller = replace(job, settings=replace(settings, max_pack_tokens=max_pack_tokens))
+        return _reference(smaller, pairs, module, shared, device, progress)
+
     # before a checkpoint is loaded: the weights may themselves be the reference
-    reference = _reference(job, pairs, module, shared, device, progress)
+    reference = in_smaller_packs(score, cap, halved=halved)
     optimizer = make_optimizer(masters, settings)
     if job.optimizer_state is not None and found is None:
         carry_optimizer(optimizer, Path(job.optimizer_state), settings.optim)
     if found is not None:
         found.restore(masters, optimizer)
     schedule = make_schedule(optimizer, job, num_steps, done=found.step if found is not None else 0)
-    return model, Trainer(
-        accelerator.prepare(module),
-        masters,
-        optimizer,
-        schedule,
-        accelerator,
-        reference,
-        settings,
-        shared,
-        found.max_pack_tokens if found is not None else settings.max_pack_tokens,
-        result["out_of_memory"],
-        progress.note,
+    prepared, log = accelerator.prepare(module), result["out_of_memory"]
+    trainer = Trainer(
+        prepared, masters, optimizer, schedule, accelerator, reference, settings, shared, cap, log, progress.note
     )
+    return model, trainer
 
 
 def _run_steps(
@@ -253,12 +257,9 @@ def _run_steps(
             asked = stop.asked  # once: a signal may come between two looks
             if asked or (number < len(steps) and due.after(number)):
                 started = time.monotonic()
+                cap = trainer.max_pack_tokens
                 folder = checkpoints.save(
-                    trainer.masters,
-                    trainer.optimizer,
-                    max_pack_tokens=trainer.max_pack_tokens,
-                    result=result,
-                    rows=rows,
+                    trainer.masters, trainer.optimizer, max_pack_tokens=cap, result=result, rows=rows
                 )
                 due.written(started)
             if asked:

@@ -40,6 +40,7 @@ def test_a_run_stopped_and_broken_in_training_ends_as_an_undisturbed_one(
     assert main(command) == 75
     assert "after training step 2 of 4" in capsys.readouterr().err
     assert [f.name for f in checkpoints.iterdir()] == ["step-000002"]
+    assert store.read_json(run / "round-000" / "seconds.json")["train"] > 0
 
     fault("train.loss@1=nan")
     assert main(command) == 76

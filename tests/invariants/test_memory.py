@@ -158,6 +158,31 @@ def test_out_of_memory_is_recorded_and_kept_over_a_resume(
     assert ours.read_bytes() == theirs.read_bytes()
 
 
+def test_a_reference_pass_that_runs_out_of_memory_sets_the_size_of_packs_from_the_start(
+    tiny: Path, pairs: Sequence[PreferencePair], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import selfplay.train.loop as loop
+
+    real, tried = loop.score_pairs, []
+
+    def small(*arguments: Any, max_pack_tokens: int, **others: Any) -> ReferenceLogps:
+        tried.append(max_pack_tokens)
+        if max_pack_tokens > 200:
+            raise torch.OutOfMemoryError
+        return real(*arguments, max_pack_tokens=max_pack_tokens, **others)
+
+    monkeypatch.setattr(loop, "score_pairs", small)
+    result = run_training(job_of(tmp_path, tiny, pairs, max_pack_tokens=600, max_steps=2))
+    assert tried == [600, 300, 150]
+    assert result["out_of_memory"] == [{"step": 0, "max_pack_tokens": 300}, {"step": 0, "max_pack_tokens": 150}]
+    assert result["audit/zero_logratio"] == 0, "the steps take the very packs of the reference pass"
+    tried.clear()
+    monkeypatch.setattr(loop, "score_pairs", lambda *_, **others: small(max_pack_tokens=9999))
+    with pytest.raises(RecipeError, match="too little memory"):
+        run_training(job_of(tmp_path / "never", tiny, pairs, max_pack_tokens=600, max_steps=2))
+    assert len(tried) == 4
+
+
 def test_memory_too_small_for_one_pair_says_what_to_change(
     tiny: Path, tmp_path: Path, fault: Callable[[str | None], None]
 ) -> None:
