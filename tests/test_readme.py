@@ -72,7 +72,9 @@ def test_the_readmes_commands_run_in_its_order(checkout: list[str], tmp_path: Pa
             (tmp_path / "models" / "smollm2-135m-instruct").symlink_to(checkout[-1].removeprefix("model="))
         result = CliRunner().invoke(app, [*command, *extra])
         # a random model may give a round without any pair, or none of its probability to a label; all before that has run
-        assert result.exit_code == 0 or isinstance(result.exception, (NoPairsError, UnparsedGateError)), f"{command}: {result.output}"
+        assert result.exit_code == 0 or isinstance(result.exception, (NoPairsError, UnparsedGateError)), (
+            f"{command}: {result.output}"
+        )
 
 
 def test_the_readmes_python_block_runs(checkout: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
