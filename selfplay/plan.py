@@ -22,7 +22,7 @@ from selfplay.recipe_filters import MixPreviousRecipe
 from selfplay.recipe_train import LoraRecipe
 from selfplay.recipe_values import at_round
 from selfplay.report import print_table
-from selfplay.train.settings import TrainSettings, settings_at
+from selfplay.train.settings import KEPT_CHECKPOINTS, STATE_BYTES, TrainSettings, settings_at
 
 BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2}
 # One sampled token on disk: its id, its logp with 17 digits, about 4 characters of text; pairs repeat ids and text.
@@ -190,11 +190,11 @@ def _shapes_in(file: Path) -> dict[str, list[int]]:
 
 
 def _bytes_needed(recipe: Recipe, rounds: tuple[RoundPlan, ...], panel_tokens: int, parameters: int, out: Path) -> int:
-    """What is still to be written. An optimizer that is carried on keeps one or two fp32 values per parameter."""
+    """What is still to be written and stays."""
     left = [plan for plan in rounds if not (out / f"round-{plan.index:03d}" / "policy").exists()]
     per_round = parameters * BYTES_PER_VALUE[recipe.train.save_dtype]
     if recipe.train.optimizer_state == "carried":
-        per_round += parameters * 4 * (2 if recipe.train.optim == "adamw_torch" else 1)
+        per_round += parameters * STATE_BYTES[recipe.train.optim]
     tokens = sum(plan.tokens for plan in left) + (panel_tokens if left else 0)
     return len(left) * per_round + tokens * RECORD_BYTES_PER_TOKEN
 
@@ -264,5 +264,10 @@ def _print_disk(plan: Plan, console: Console) -> None:
     size = f"{(plan.num_parameters or 0) / 1e6:.1f} M parameters{_trained_part(plan)}"
     dtype = plan.recipe.train.save_dtype
     console.print(f"disk: about {plan.bytes_needed / GB:.2f} GB needed ({size}, policies in {dtype}); {free}")
+    # a new checkpoint is whole before the oldest one goes
+    each = (plan.num_trained or 0) * (4 + STATE_BYTES[plan.recipe.train.optim])
+    console.print(
+        f"      checkpoints while a round trains: {each / GB:.2f} GB each, at most {KEPT_CHECKPOINTS + 1} at a time"
+    )
     if plan.bytes_needed > plan.bytes_free:
         console.print("warning: the disk has too little room for this run; free some or take another --out")

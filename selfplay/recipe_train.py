@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
+from selfplay.recipe_schedule import ScheduleKwargs, ScheduleName, check_schedule
 from selfplay.recipe_values import PerRound, Section
 
 LossName = Literal["sigmoid", "sft"]
@@ -30,12 +31,13 @@ class TrainRecipe(Section):
     batch_size: PerRound[PositiveInt] = 32
     num_train_epochs: PerRound[PositiveInt] = 1
     max_steps: PerRound[int] = -1
-    optim: Literal["adamw_torch", "rmsprop"] = "adamw_torch"
+    optim: Literal["adamw_torch", "adamw_bnb_8bit", "rmsprop"] = "adamw_torch"
     weight_decay: NonNegativeFloat = 0.0
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
     adam_epsilon: PositiveFloat = 1e-8
-    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    lr_scheduler_type: ScheduleName = "linear"
+    lr_scheduler_kwargs: ScheduleKwargs = ScheduleKwargs()
     warmup_steps: PerRound[NonNegativeFloat] = 0.0
     max_grad_norm: PositiveFloat = 1.0
     max_length: PositiveInt | None = None
@@ -47,6 +49,8 @@ class TrainRecipe(Section):
     optimizer_state: Literal["fresh", "carried"] = "fresh"
     schedule_scope: Literal["round", "run"] = "round"
     shuffle: bool = True
+    # steps between checkpoints; auto: 10 minutes, more where writing one takes over half a minute (train/checkpoint.py)
+    save_steps: PositiveInt | Literal["auto"] = "auto"
     save_dtype: Literal["float32", "bfloat16"] = "float32"
     max_audit_difference: PositiveFloat = 0.1
 
@@ -72,6 +76,10 @@ class TrainRecipe(Section):
                 raise ValueError(f"max_steps is {steps}; it must be positive, or -1 for num_train_epochs")
             if self.schedule_scope == "run" and steps == -1:
                 raise ValueError("schedule_scope: run needs max_steps, so that the length of the run is known")
+        rates, warmup = (v if isinstance(v, list) else [v] for v in (self.learning_rate, self.warmup_steps))
+        check_schedule(self.lr_scheduler_type, self.lr_scheduler_kwargs, rates=rates, warmup=warmup)
+        if self.optim == "rmsprop" and (self.adam_beta1, self.adam_beta2) != (0.9, 0.999):
+            raise ValueError("adam_beta1 and adam_beta2 do nothing with optim rmsprop: drop them")
         num_losses = len(self.loss_type) if isinstance(self.loss_type, list) else 1
         if self.loss_weights is not None and len(self.loss_weights) != num_losses:
             raise ValueError(f"loss_weights has {len(self.loss_weights)} values for {num_losses} losses")

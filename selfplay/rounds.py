@@ -25,7 +25,7 @@ from selfplay.progress import SILENT, Reporter
 from selfplay.protocols import FilterContext, Generator, Judge, JudgeContext, PairFilter, PairSelector
 from selfplay.recipe import Recipe
 from selfplay.recipe_file import load_recipe
-from selfplay.run import OwnParts, Round, Run, start_run
+from selfplay.run import OwnParts, Round, Run, report_swept, start_run
 from selfplay.stages import (
     judge_groups,
     make_pairs,
@@ -111,6 +111,7 @@ def pair(round: Round, groups: list[Group], judgements: list[Judgement] | None) 
 def train_dpo(round: Round, selection: Selection) -> Path:
     """The policy after DPO on the round's pairs, the reference being what the recipe says."""
     if round.policy.exists():
+        store.remove_folder(round.folder / "train" / "checkpoints")  # a kill may have come between the two
         return round.policy
     from selfplay.train.launch import launch
 
@@ -222,6 +223,7 @@ def iterate(
     folder = Path(out)
     with store.locked(folder):
         try:
+            report_swept(folder, report)
             own = OwnParts(judge, selector, filters)
             run = start_run(loaded, folder, own=own, allow_code=allow_code, report=report)
             for index in range(run.recipe.rounds):

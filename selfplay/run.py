@@ -20,6 +20,7 @@ from selfplay.prompts import PromptPool, load_pool
 from selfplay.protocols import Judge, PairFilter, PairSelector
 from selfplay.recipe import Recipe
 from selfplay.recipe_file import check_recipe, differences, dump_recipe, parse_yaml
+from selfplay.train.settings import require_optimizer
 from selfplay.types import PreferencePair, Prompt, derive_seed
 
 
@@ -99,6 +100,7 @@ def start_run(recipe: Recipe, folder: Path, *, own: OwnParts, allow_code: bool, 
     judge, selector, filters = own.judge, own.selector, own.named_filters()
     if judge is None and selector is None:
         recipe.check_judged()
+    require_optimizer(recipe.train)
     recipe = _same_recipe(recipe, folder)
     initial = local_model(recipe.model)
     check_lora(initial, recipe.train.lora)
@@ -147,6 +149,12 @@ def _require_gold(prompts: Sequence[Prompt], kind: str) -> None:
         )
 
 
+def report_swept(folder: Path, report: Reporter) -> None:
+    """Removes what a killed process left half written in a folder, and says so."""
+    for path in store.sweep(folder):
+        report.note(f"{path.relative_to(folder)}: left unfinished when it was stopped; removed, and made anew")
+
+
 def open_judge_model(recipe: Recipe, model: str) -> Any:
     """A generator of a judge's own model, on the same kind of engine."""
     folder = local_model(model)
@@ -176,7 +184,7 @@ def _same_recipe(recipe: Recipe, folder: Path) -> Recipe:
     changed = [
         d
         for d in differences(old, new)
-        if not d.startswith(("description:", "model:", "prompts.source:", "prompts.heldout:"))
+        if not d.startswith(("description:", "model:", "prompts.source:", "prompts.heldout:", "train.save_steps:"))
     ]
     if [d for d in changed if not d.startswith("rounds:")] or new.rounds < old.rounds:
         raise RecipeError(

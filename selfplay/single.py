@@ -25,6 +25,7 @@ from selfplay.prompts import load_pool
 from selfplay.protocols import FilterContext, Judge, JudgeContext
 from selfplay.recipe import Recipe
 from selfplay.recipe_judges import JudgeRecipe, LLMJudgeRecipe
+from selfplay.run import report_swept
 from selfplay.stages import judge_groups, make_pairs, room_for_judge, sample_groups, sampling_at, shards
 from selfplay.types import Group, Judgement, PreferencePair, derive_seed
 
@@ -50,7 +51,7 @@ def read_shards(folder: str | Path) -> list[Path]:
 
 
 @contextmanager
-def claimed(out: Path, identity: dict[str, Any]) -> Iterator[None]:
+def claimed(out: Path, identity: dict[str, Any], report: Reporter) -> Iterator[None]:
     """Holds `out` for one stage with these inputs. RecipeError where it holds the work of others."""
     identity = json.loads(json.dumps(identity))
     with store.locked(out):
@@ -64,6 +65,7 @@ def claimed(out: Path, identity: dict[str, Any]) -> Iterator[None]:
             )
         if not path.exists():
             store.write_json(path, identity)
+        report_swept(out, report)
         yield
 
 
@@ -83,7 +85,7 @@ def generate(recipe: Recipe, model: str, out: Path, *, round: int, report: Repor
         "generator": recipe.generator.kind,
     }
     seed = derive_seed(recipe.seed, round, "engine")
-    with claimed(out, identity), open_generator(recipe.generator, folder, chat, seed=seed) as generator:
+    with claimed(out, identity, report), open_generator(recipe.generator, folder, chat, seed=seed) as generator:
         return sample_groups(generator, prompts, sampling, out, report, f"round {round}, sampling")
 
 
@@ -106,12 +108,12 @@ def judge(
     identity = {"stage": "judge", "round": round, "judge": asked.identity, "groups": digests, "model": None}
     seed = derive_seed(recipe.seed, round, "judge")
     if not own or model is None:
-        with claimed(out, identity), room_for_judge(asked, None):
+        with claimed(out, identity, report), room_for_judge(asked, None):
             return judge_groups(asked, found, JudgeContext(round, seed), out, report, f"round {round}, judging")
     recipe, folder = resolve_auto(recipe), local_model(model)
     identity["model"] = store.weights_digest(folder)
     chat, engine_seed = load_chat(str(folder), recipe.chat), derive_seed(recipe.seed, round, "engine")
-    with claimed(out, identity), open_generator(recipe.generator, folder, chat, seed=engine_seed) as generator:
+    with claimed(out, identity, report), open_generator(recipe.generator, folder, chat, seed=engine_seed) as generator:
         context = JudgeContext(round, seed, generator)
         return judge_groups(asked, found, context, out, report, f"round {round}, judging")
 
@@ -210,7 +212,7 @@ def evaluate(recipe: Recipe, model: str, out: Path, *, allow_code: bool, report:
         "generator": recipe.generator.kind,
     }
     is_initial = digests[0] == digests[1]
-    with claimed(out, identity):
+    with claimed(out, identity, report):
         with open_generator(recipe.generator, folder, chat, seed=derive_seed(recipe.seed, 0, "engine")) as generator:
             index = -1 if is_initial else recipe.rounds - 1
             panel.sample(generator, out, round=index, between=False)

@@ -14,7 +14,7 @@ from selfplay.preferences import holds_our_pairs, read_preferences
 from selfplay.progress import Reporter
 from selfplay.recipe import Recipe
 from selfplay.single import claimed, read_shards
-from selfplay.train.settings import TrainJob, schedule_span, settings_at
+from selfplay.train.settings import TrainJob, require_optimizer, schedule_span, settings_at
 from selfplay.types import Drop, PreferencePair, derive_seed
 
 
@@ -40,12 +40,15 @@ def train(recipe: Recipe, inputs: TrainInputs, out: Path, report: Reporter) -> d
     """What stands in train/result.json; `out` then holds policy/."""
     recipe = resolve_auto(recipe)
     _check_inputs(recipe, inputs)
+    require_optimizer(recipe.train)
     folder = local_model(inputs.model)
     check_lora(folder, recipe.train.lora)
     chat = load_chat(str(folder), recipe.chat)
     job = make_job(recipe, inputs, folder, out, chat)
-    with claimed(out, _identity(job, inputs)):
-        if not (out / "policy").exists():
+    with claimed(out, _identity(job, inputs), report):
+        if (out / "policy").exists():
+            store.remove_folder(out / "train" / "checkpoints")  # a kill may have come between the two
+        else:
             from selfplay.train.launch import launch
 
             launch(replace(job, pairs=str(_our_pairs(recipe, inputs, chat, out, report))), report)
@@ -99,7 +102,7 @@ def _identity(job: TrainJob, inputs: TrainInputs) -> dict[str, Any]:
         "model": store.weights_digest(Path(job.policy)),
         "reference": store.weights_digest(Path(job.reference)) if job.reference is not None else None,
         "pairs": store.file_digest(source) if source.is_file() else [str(source), inputs.name, inputs.split],
-        "settings": asdict(job.settings),
+        "settings": {key: value for key, value in asdict(job.settings).items() if key != "save_steps"},
         "seed": job.seed,
         "optimizer_state": store.file_digest(Path(state)) if state is not None else None,
         "schedule": [job.first_step, job.total_steps],

@@ -1,7 +1,8 @@
 """The only module that writes artifacts. A file that exists is finished.
 
 Every artifact is written under a temporary name, synced and renamed. Beside it stands NAME.sha256 in the format of
-`sha256sum`, renamed into place first, so a finished file always has its digest; reading checks it.
+`sha256sum`, renamed into place first, so a finished file always has its digest; reading checks it. A temporary name ends
+with TEMPORARY, which nobody else uses: what a kill leaves under it is swept away when the folder is next worked on.
 """
 
 import contextlib
@@ -16,12 +17,13 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from selfplay import faults
 from selfplay.adapters import base_folder, is_adapter
 from selfplay.errors import LockedError, StorageError
 from selfplay.types import Drop, Group, Judgement, PreferencePair, Prompt
 
 R = TypeVar("R")
-TEMPORARY = ".tmp"
+TEMPORARY = ".unfinished"
 
 
 _ADAPTERS: dict[Any, TypeAdapter[Any]] = {
@@ -59,11 +61,15 @@ def _commit(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(path.name + TEMPORARY)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        faults.hit("store.file")
         write(temporary)
+        faults.hit("store.file.temporary")
         _sync(temporary)
         _replace(_digest_path(path), f"{file_digest(temporary)}  {path.name}\n".encode())
+        faults.hit("store.file.digest")
         temporary.replace(path)
         _sync(path.parent)
+        faults.hit("store.file.done")
     except OSError as error:
         with contextlib.suppress(OSError):  # it may not be there, or its folder may not be one
             temporary.unlink()
@@ -86,9 +92,24 @@ def rewrite(path: Path, data: bytes) -> None:
         ) from error
 
 
+def append_json_line(path: Path, row: Any) -> None:
+    """One more line of a file that grows while it is worked on, such as train/steps.jsonl. It has no digest, and a kill may
+    leave half a line: whoever goes on writes the file anew (`rewrite`) up to where he goes on from.
+    """
+    try:
+        faults.hit("store.append")
+        with path.open("ab") as file:
+            file.write(_json_line(row))
+    except OSError as error:
+        raise StorageError(
+            f"{path}: can't be written ({error.strerror}). Free space, then run the same command"
+        ) from error
+
+
 def _replace(path: Path, data: bytes) -> None:
     temporary = path.with_name(path.name + TEMPORARY)
     temporary.write_bytes(data)
+    faults.hit("store.replace")
     _sync(temporary)
     temporary.replace(path)
 
@@ -138,7 +159,16 @@ def read_json(path: Path) -> Any:
 
 def write_json_lines(path: Path, rows: Iterable[Any]) -> None:
     """Plain mappings, one JSON line each."""
-    write_bytes(path, b"".join(json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n" for row in rows))
+    write_bytes(path, json_lines(rows))
+
+
+def json_lines(rows: Iterable[Any]) -> bytes:
+    """The bytes of such a file."""
+    return b"".join(map(_json_line, rows))
+
+
+def _json_line(row: Any) -> bytes:
+    return json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
 def read_json_lines(path: Path) -> list[Any]:
@@ -173,26 +203,71 @@ def write_folder(path: Path, write: Callable[[Path], object]) -> None:
         if temporary.exists():
             shutil.rmtree(temporary)
         temporary.mkdir(parents=True)
+        faults.hit("store.folder")
         write(temporary)
+        faults.hit("store.folder.temporary")
         files = sorted(f for f in temporary.rglob("*") if f.is_file())
         sums = "".join(f"{file_digest(f)}  {f.relative_to(temporary)}\n" for f in files)
         (temporary / "SHA256SUMS").write_text(sums)
         for file in [*files, temporary / "SHA256SUMS", temporary]:
             _sync(file)
+        faults.hit("store.folder.digest")
         temporary.replace(path)
         _sync(path.parent)
+        faults.hit("store.folder.done")
     except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
         raise StorageError(
             f"{path}: can't be written ({error.strerror or error}). Free space, then run the same command"
         ) from error
 
 
+def remove_folder(path: Path) -> None:
+    """Removes a folder that was written, if it is there: as a whole, so a kill in between leaves no half of it in its place."""
+    if path.exists():
+        temporary = path.with_name(path.name + TEMPORARY)
+        faults.hit("store.remove")
+        shutil.rmtree(temporary, ignore_errors=True)
+        path.replace(temporary)
+        faults.hit("store.remove.renamed")
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sweep(folder: Path) -> list[Path]:
+    """Removes what stopped processes left unfinished below a folder, and returns those paths. Files of other names are
+    never touched. A file whose new digest is in place already is finished by its last rename instead.
+    """
+    removed = []
+    for path in sorted(folder.rglob("*" + TEMPORARY)):
+        final = path.with_name(path.name.removesuffix(TEMPORARY))
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif _digest_path(final).exists() and _digest_path(final).read_text().startswith(file_digest(path)):
+            path.replace(final)
+            continue
+        elif path.exists():
+            path.unlink()
+        else:  # in a folder that was removed just now
+            continue
+        removed.append(path)
+    return removed
+
+
 def check_folder(path: Path) -> None:
-    """StorageError where a file of a finished folder is missing or differs from SHA256SUMS."""
-    for line in (path / "SHA256SUMS").read_text().splitlines():
+    """StorageError where a file of a finished folder is missing, differs from SHA256SUMS or isn't named there."""
+    sums = path / "SHA256SUMS"
+    listed = {sums}
+    for line in sums.read_text(errors="replace").splitlines() if sums.is_file() else ():
         digest, _, name = line.partition("  ")
+        listed.add(path / name)
         if not (path / name).is_file() or file_digest(path / name) != digest:
             raise StorageError(f"{path / name}: damaged or missing. Delete the folder {path} to make it anew")
+    unlisted = sorted(f for f in path.rglob("*") if f.is_file() and f not in listed)
+    if unlisted or not sums.is_file():
+        raise StorageError(
+            f"{sums}: damaged or missing: it names no {', '.join(f.name for f in unlisted)}. "
+            f"Delete the folder {path} to make it anew"
+        )
 
 
 @contextlib.contextmanager

@@ -1,10 +1,11 @@
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 from tiny import make_tiny_model
 
+from selfplay import faults
 from selfplay.chat import Chat
 from selfplay.types import Completion, Group, Judgement, Message, PreferencePair, Prompt, prompt_id
 
@@ -40,3 +41,17 @@ def pairs(chat: Chat) -> Sequence[PreferencePair]:
         judgement = Judgement(prompt.id, (0.0, 3.0, 1.0, 2.0))
         made += [make_pair(group, chosen=1, rejected=worse, judgement=judgement) for worse in (0, 2, 3)]
     return made
+
+
+@pytest.fixture
+def fault(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None], None]:
+    """Sets the fault of what follows, counted from here on; None for no fault."""
+
+    def set_fault(text: str | None) -> None:
+        faults.forget()
+        if text is None:
+            monkeypatch.delenv(faults.VARIABLE, raising=False)
+        else:
+            monkeypatch.setenv(faults.VARIABLE, text)
+
+    return set_fault

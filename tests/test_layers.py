@@ -13,9 +13,11 @@ PACKAGE = Path(__file__).parent.parent / "selfplay"
 # open a model, so models stand below judges.
 ORDER = (
     "errors",
+    "faults",
     "types",
     "protocols",
     "recipe_values",
+    "recipe_schedule",
     "recipe_judges",
     "recipe_filters",
     "recipe_pairs",

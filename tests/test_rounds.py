@@ -193,7 +193,7 @@ POINTS = [
     "round-000/drops.jsonl",
     "round-000/pairs.jsonl",
     "round-000/reference.safetensors",
-    "round-000/train/steps.jsonl",
+    "round-000/train/result.json",
     "round-000/policy",
     "round-001/groups/00000.jsonl",
     "round-000/round.json",
@@ -231,7 +231,7 @@ def killed_process(rig: dict[str, Any], tmp_path: Path) -> Path:
         "real = store.write_records\n"
         "def kill(path, records, kind):\n"
         "    if path.parts[-3:-1] == ('round-001', 'groups'):\n"
-        "        path.parent.mkdir(parents=True); path.with_name(path.name + '.tmp').write_text('half')\n"
+        "        path.parent.mkdir(parents=True); path.with_name(path.name + store.TEMPORARY).write_text('half')\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    real(path, records, kind)\n"
         "store.write_records = kill\n"

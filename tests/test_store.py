@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selfplay import store
+from selfplay import faults, store
 from selfplay.errors import LockedError, StorageError
 from selfplay.types import Completion, Drop, Group, Judgement, Message, PreferencePair, Prompt
 
@@ -162,6 +162,65 @@ def test_a_folder_whose_writing_stops_is_not_there_and_its_remains_do_not_stay(t
     assert not (tmp_path / "policy").exists()
     store.write_folder(tmp_path / "policy", lambda folder: (folder / "b").write_bytes(b"2"))
     assert sorted(p.name for p in (tmp_path / "policy").iterdir()) == ["SHA256SUMS", "b"]
+
+
+def test_a_folder_with_a_shortened_list_of_digests_is_damaged(tmp_path: Path) -> None:
+    store.write_folder(tmp_path / "policy", lambda folder: [(folder / n).write_bytes(b"1") for n in "ab"])
+    sums = tmp_path / "policy" / "SHA256SUMS"
+    sums.write_text(sums.read_text().splitlines(keepends=True)[0])
+    with pytest.raises(StorageError, match="names no b"):
+        store.check_folder(tmp_path / "policy")
+    sums.unlink()
+    with pytest.raises(StorageError, match="SHA256SUMS: damaged or missing"):
+        store.check_folder(tmp_path / "policy")
+
+
+def test_a_sweep_removes_what_was_left_unfinished_and_touches_nothing_else(tmp_path: Path) -> None:
+    store.write_json(tmp_path / "run" / "a.json", 1)
+    (tmp_path / "run" / "mine.tmp").write_text("mine")
+    (tmp_path / "run" / f"b.json{store.TEMPORARY}").write_text("half")
+    (tmp_path / "run" / f"policy{store.TEMPORARY}" / "deep").mkdir(parents=True)
+    (tmp_path / "run" / f"policy{store.TEMPORARY}" / f"c{store.TEMPORARY}").write_text("half")
+    kept = {"a.json", "a.json.sha256", "mine.tmp"}
+    removed = store.sweep(tmp_path)
+    assert [path.name for path in removed] == [f"b.json{store.TEMPORARY}", f"policy{store.TEMPORARY}"]
+    assert {path.name for path in (tmp_path / "run").iterdir()} == kept
+    assert store.sweep(tmp_path) == []
+    assert store.sweep(tmp_path / "none") == []
+
+
+def test_a_sweep_finishes_a_file_whose_digest_is_in_place_already(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.write_json(tmp_path / "a.json", "old")
+    monkeypatch.setenv(faults.VARIABLE, "store.file.digest@1=raise")
+    faults.forget()
+    with pytest.raises(faults.InjectedError):
+        store.write_json(tmp_path / "a.json", "new")
+    assert store.sweep(tmp_path) == []
+    assert store.read_json(tmp_path / "a.json") == "new"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_folder_is_removed_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.write_folder(tmp_path / "policy", lambda folder: (folder / "a").write_bytes(b"1"))
+    monkeypatch.setenv(faults.VARIABLE, "store.remove.renamed@1=raise")
+    faults.forget()
+    with pytest.raises(faults.InjectedError):
+        store.remove_folder(tmp_path / "policy")
+    assert not (tmp_path / "policy").exists()
+    store.sweep(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    store.remove_folder(tmp_path / "policy")
+
+
+def test_a_file_that_grows_can_be_read_at_any_time(tmp_path: Path) -> None:
+    path = tmp_path / "train" / "steps.jsonl"
+    store.rewrite(path, store.json_lines([{"a": WEIRD}]))
+    store.append_json_line(path, {"a": 1})
+    assert store.read_json_lines(path) == [{"a": WEIRD}, {"a": 1}]
+    with pytest.raises(StorageError, match="can't be written"):
+        store.append_json_line(tmp_path / "none" / "steps.jsonl", {})
 
 
 def test_a_line_that_is_no_record_is_named(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ class Channel:
 
 
 def main(fd: int, parent: int) -> None:
-    threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
+    threading.Thread(target=die_with, args=(parent,), daemon=True).start()
     os.set_inheritable(fd, False)  # a grandchild holding it would hide our end from the parent
     channel = Channel(Connection(fd))
     try:
@@ -101,7 +101,8 @@ def _reported(channel: Channel) -> Iterator[None]:
             channel.send(error=f"{kind.__name__}: {error}", kind=kind.__name__, fatal=True)
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
+    """Kills this process's group as soon as the parent is gone; never returns before."""
     while os.getppid() == parent:
         time.sleep(WATCH_SECONDS)
     os.killpg(0, signal.SIGKILL)

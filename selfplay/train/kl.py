@@ -8,10 +8,10 @@ import torch
 
 from selfplay import store
 from selfplay.train.logps import TokenLogps
-from selfplay.train.loop import Progress
 from selfplay.train.model import can_share_prompts, default_device, load_model
 from selfplay.train.optim import cast_parameters
 from selfplay.train.pack import build_packs
+from selfplay.train.progress import Progress
 from selfplay.train.reference import as_pair
 from selfplay.types import Group
 

@@ -1,11 +1,15 @@
 """fp32 master weights under a bf16 model, the optimizer over them, the schedule."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from selfplay import store
+from selfplay.errors import DataError, RecipeError
 from selfplay.train.settings import TrainJob, TrainSettings
 
 
@@ -23,6 +27,8 @@ class Masters:
         masters = [p.detach().float().clone() for p in self.compute] if self.is_copy else []
         cast_parameters(model, compute_dtype)
         self.weights: list[Tensor] = [m.requires_grad_() for m in masters] if self.is_copy else list(self.compute)
+        tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+        self.embeddings = [w for w, p in zip(self.weights, self.compute, strict=True) if id(p) in tables]
 
     def accumulate(self) -> None:
         """Adds the gradients of the last backward pass to the masters', in fp32."""
@@ -40,6 +46,19 @@ class Masters:
         if self.is_copy:
             for master, param in zip(self.weights, self.compute, strict=True):
                 param.copy_(master)
+
+    def clear_gradients(self) -> None:
+        """Forgets the gradients of a step that is given up."""
+        for weight in (*self.weights, *self.compute):
+            weight.grad = None
+
+    @torch.no_grad()
+    def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Takes over stored weights, as `named` gave them."""
+        own = dict(zip(self.names, self.weights, strict=True))
+        for name, weight in weights:
+            own[name].copy_(weight)
+        self.refresh()
 
     @torch.no_grad()
     def grad_norm(self) -> float:
@@ -66,29 +85,111 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
         param.data = param.data.to(dtype)
 
 
-def make_optimizer(weights: list[Tensor], settings: TrainSettings) -> torch.optim.Optimizer:
+def make_optimizer(masters: Masters, settings: TrainSettings) -> torch.optim.Optimizer:
     """The optimizer that a recipe names. Weight decay spares vectors (norms, biases), as transformers does."""
+    weights = masters.weights
     groups = [
         {"params": [w for w in weights if w.ndim >= 2], "weight_decay": settings.weight_decay},
         {"params": [w for w in weights if w.ndim < 2], "weight_decay": 0.0},
     ]
-    if settings.optim == "rmsprop":
-        return torch.optim.RMSprop(groups, lr=settings.learning_rate, eps=settings.adam_epsilon)
+    rate, epsilon = settings.learning_rate, settings.adam_epsilon
     betas = (settings.adam_beta1, settings.adam_beta2)
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=betas, eps=settings.adam_epsilon, fused=True)
+    if settings.optim == "rmsprop":
+        return torch.optim.RMSprop(groups, lr=rate, eps=epsilon)
+    if settings.optim == "adamw_bnb_8bit":
+        return _eight_bit(groups, masters.embeddings, lr=rate, betas=betas, eps=epsilon)
+    return torch.optim.AdamW(groups, lr=rate, betas=betas, eps=epsilon, fused=True)
 
 
-def make_schedule(optimizer: torch.optim.Optimizer, job: TrainJob, num_steps: int) -> Any:
-    """transformers' schedule of the recipe's name. A warmup_steps below 1 is a share of the schedule."""
+def _eight_bit(groups: list[dict[str, Any]], embeddings: list[Tensor], **settings: Any) -> torch.optim.Optimizer:
+    """AdamW whose two states take a byte each, in blocks of 256 with a scale (arXiv:2110.02861). States of fewer than 4096
+    values and of embeddings stay in fp32, as in transformers: rare tokens' gradients are too uneven for 8 bits.
+    """
+    from bitsandbytes.optim import AdamW, GlobalOptimManager
+
+    for weight in embeddings:
+        GlobalOptimManager.get_instance().override_config(weight, "optim_bits", 32)
+    optimizer: torch.optim.Optimizer = AdamW(groups, optim_bits=8, **settings)
+    return optimizer
+
+
+def state_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state by "number of the weight/key"; empty before its first step."""
+    weights = [w for group in optimizer.param_groups for w in group["params"]]
+    return {
+        # bitsandbytes' code tables are one tensor for all weights, and safetensors takes no shared memory
+        f"{n}/{key}": torch.as_tensor(v).clone() if key.startswith("qmap") else torch.as_tensor(v).contiguous()
+        for n, weight in enumerate(weights)
+        for key, v in optimizer.state.get(weight, {}).items()
+    }
+
+
+def _description(optimizer: torch.optim.Optimizer, kind: str) -> dict[str, Any]:
+    """What a stored state must have been made by."""
+    return {"optim": kind, "shapes": [list(w.shape) for group in optimizer.param_groups for w in group["params"]]}
+
+
+def load_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Takes over what `state_tensors` gave of an optimizer of the same kind. Learning rates stay this one's."""
+    state: dict[int, dict[str, Any]] = {}
+    for name, tensor in tensors.items():
+        index, _, key = name.partition("/")
+        # a count that was a plain number is one again
+        state.setdefault(int(index), {})[key] = int(tensor) if tensor.dtype == torch.int64 else tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def save_optimizer(optimizer: torch.optim.Optimizer, path: Path, kind: str) -> None:
+    """The state as one file, for the optimizer of the next round."""
+    from safetensors.torch import save_file
+
+    # one key: safetensors writes several in any order, and the file is to have the same bytes every time
+    metadata = {"made_by": json.dumps(_description(optimizer, kind))}
+    store.write_file(path, lambda temporary: save_file(state_tensors(optimizer), temporary, metadata))
+
+
+def carry_optimizer(optimizer: torch.optim.Optimizer, path: Path, kind: str) -> None:
+    """Takes over such a file. DataError where it is of another kind of optimizer or of another model."""
+    from safetensors import safe_open
+
+    store.check_file(path)
+    with safe_open(path, framework="pt") as file:
+        found = json.loads((file.metadata() or {}).get("made_by", "{}"))
+        wanted = _description(optimizer, kind)
+        if found.get("optim") != kind:
+            raise DataError(
+                f"{path}: this optimizer state is of {found.get('optim', 'an unknown optim')}, but train.optim is "
+                f"{kind}. Name the same optim, or start with train.optimizer_state: fresh"
+            )
+        if found != wanted:
+            raise DataError(f"{path}: this optimizer state is of another model: its weights have other shapes")
+        load_state(optimizer, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - no mapping
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, job: TrainJob, num_steps: int, *, done: int) -> Any:
+    """transformers' schedule of the recipe's name, `done` steps into the job. A warmup_steps below 1 is a share of the
+    schedule. A schedule is a function of the step alone, so its place is all there is to resume.
+    """
     from transformers import get_scheduler
 
+    settings = job.settings
     total = job.total_steps or num_steps
-    warmup = job.settings.warmup_steps
+    warmup = settings.warmup_steps
     warmup_steps = round(warmup * total) if warmup < 1 else int(warmup)
+    decay_steps = settings.lr_scheduler_kwargs.get("num_decay_steps", 0)
+    if warmup_steps + int(decay_steps) > total:
+        raise RecipeError(
+            f"train: {warmup_steps} warm-up steps and num_decay_steps {decay_steps} don't fit the {total} steps of the "
+            "schedule: lower them"
+        )
     schedule = get_scheduler(
-        job.settings.lr_scheduler_type, optimizer, num_warmup_steps=warmup_steps, num_training_steps=total
+        settings.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=warmup_steps,
+        num_training_steps=total,
+        scheduler_specific_kwargs=dict(settings.lr_scheduler_kwargs),
     )
-    for _ in range(job.first_step):
+    for _ in range(job.first_step + done):
         optimizer._opt_called = True  # type: ignore[attr-defined]  # torch warns of a schedule that runs ahead; here it must
         schedule.step()
     return schedule

@@ -1,10 +1,16 @@
 """What one training job is: plain values that travel as JSON to the process that trains."""
 
+import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
+from selfplay.errors import RecipeError
 from selfplay.recipe_train import TrainRecipe
 from selfplay.recipe_values import at_round
+
+KEPT_CHECKPOINTS = 2
+# of an optimizer's state, for each parameter that trains
+STATE_BYTES = {"adamw_torch": 8, "adamw_bnb_8bit": 2, "rmsprop": 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +30,7 @@ class TrainSettings:
     adam_beta2: float
     adam_epsilon: float
     lr_scheduler_type: str
+    lr_scheduler_kwargs: dict[str, float | int | str]
     warmup_steps: float
     max_grad_norm: float
     max_length: int | None
@@ -32,6 +39,7 @@ class TrainSettings:
     gradient_checkpointing: bool
     lora: dict[str, Any] | None  # recipe_train.LoraRecipe; None trains all weights
     shuffle: bool
+    save_steps: int | str
     save_dtype: str
     max_audit_difference: float
 
@@ -72,4 +80,14 @@ def settings_at(recipe: TrainRecipe, round: int, *, bf16: bool) -> TrainSettings
     names = recipe.loss_type if isinstance(recipe.loss_type, list) else [recipe.loss_type]
     values |= {"loss_type": names, "loss_weights": recipe.loss_weights or [1.0] * len(names), "bf16": bf16}
     values["lora"] = recipe.lora.model_dump() if recipe.lora is not None else None
+    values["lr_scheduler_kwargs"] = recipe.lr_scheduler_kwargs.given()
     return TrainSettings(**values)
+
+
+def require_optimizer(recipe: TrainRecipe) -> None:
+    """RecipeError where the recipe's optimizer isn't installed: asked at the start of a run, not when training begins."""
+    if recipe.optim == "adamw_bnb_8bit" and importlib.util.find_spec("bitsandbytes") is None:
+        raise RecipeError(
+            "train.optim adamw_bnb_8bit needs bitsandbytes, which is not installed: "
+            'pip install "selfplay-dpo[bnb]", or take adamw_torch'
+        )

@@ -3,16 +3,21 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
-from jobs import job_of, random_pairs, steps, train, weights
+from jobs import job_of, random_pairs, settings, steps, train, weights
 from safetensors.torch import load_file, save_file
+from tiny import make_tiny_model
 
-from selfplay import store
-from selfplay.errors import DataError, StorageError
+from selfplay import faults, store
+from selfplay.errors import DataError, RecipeError, StorageError
+from selfplay.recipe_schedule import ScheduleName
+from selfplay.recipe_train import TrainRecipe
 from selfplay.train.loop import run_training
+from selfplay.train.optim import make_schedule
+from selfplay.train.settings import TrainJob, require_optimizer
 from selfplay.types import PreferencePair
 
 
@@ -109,19 +114,103 @@ def test_optimizer_state_of_another_model_or_damaged_is_refused(
         run_training(job_of(tmp_path, tiny, pairs, job={"optimizer_state": str(state)}))
 
 
-@pytest.mark.parametrize("kind", ["linear", "constant", "constant_with_warmup", "cosine"])
-def test_learning_rates_follow_the_schedule(
-    kind: str, tiny: Path, pairs: Sequence[PreferencePair], tmp_path: Path
+# Rates in thousandths over 6 steps, the first 2 of them warm-up, worked by hand: cos(pi/4) = 0.7071, 1/sqrt(2) = 0.7071.
+RATES: dict[str, tuple[dict[str, Any], list[float]]] = {
+    "linear": ({}, [0, 0.5, 1, 0.75, 0.5, 0.25]),
+    "cosine": ({}, [0, 0.5, 1, 0.853553, 0.5, 0.146447]),
+    "cosine_with_restarts": ({"num_cycles": 2}, [0, 0.5, 1, 0.5, 1, 0.5]),
+    "polynomial": ({"power": 2, "lr_end": 1e-4}, [0, 0.5, 1, 0.60625, 0.325, 0.15625]),
+    "constant_with_warmup": ({}, [0, 0.5, 1, 1, 1, 1]),
+    "inverse_sqrt": ({"timescale": 2}, [0, 0.5, 1, 0.816497, 0.707107, 0.632456]),
+    "cosine_with_min_lr": ({"min_lr": 2e-4}, [0, 0.5, 1, 0.882843, 0.6, 0.317157]),
+    # it has no step at rate 0, and ends one step earlier
+    "cosine_warmup_with_min_lr": ({"min_lr_rate": 0.2}, [0.5, 1, 0.882843, 0.6, 0.317157, 0.2]),
+    "warmup_stable_decay": ({"num_decay_steps": 2, "decay_type": "linear"}, [0, 0.5, 1, 1, 1, 0.5]),
+}
+
+
+def test_every_schedule_of_a_recipe_is_tried_here() -> None:
+    assert {*RATES, "constant"} == set(get_args(ScheduleName))
+
+
+@pytest.mark.parametrize("kind", [*RATES, "constant"])
+def test_learning_rates_follow_the_schedule_from_any_step(kind: str, tiny: Path) -> None:
+    kwargs, wanted = RATES.get(kind, ({}, [1.0] * 6))
+    chosen = settings(
+        lr_scheduler_type=kind, lr_scheduler_kwargs=kwargs, warmup_steps=2 if kind in RATES else 0, max_steps=6
+    )
+    job = TrainJob("", "", "", chosen, seed=0)
+    for done in (0, 4):
+        optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=chosen.learning_rate)
+        schedule = make_schedule(optimizer, job, 6, done=done)
+        rates = []
+        for _ in range(done, 6):
+            rates.append(schedule.get_last_lr()[0])
+            optimizer.step()
+            schedule.step()
+        assert rates == pytest.approx([rate * 1e-3 for rate in wanted[done:]], abs=1e-9)
+
+
+def test_warmup_may_be_a_share_and_must_fit_the_schedule(tiny: Path) -> None:
+    weights = [torch.zeros(1, requires_grad=True)]
+    job = TrainJob("", "", "", settings(warmup_steps=0.5), seed=0)
+    schedule = make_schedule(torch.optim.AdamW(weights, lr=1e-3), job, 6, done=3)
+    assert schedule.get_last_lr()[0] == 1e-3
+    stable = settings(
+        lr_scheduler_type="warmup_stable_decay", lr_scheduler_kwargs={"num_decay_steps": 5}, warmup_steps=2
+    )
+    with pytest.raises(RecipeError, match="2 warm-up steps and num_decay_steps 5 don't fit the 6 steps"):
+        make_schedule(torch.optim.AdamW(weights, lr=1e-3), TrainJob("", "", "", stable, seed=0), 6, done=0)
+
+
+def test_a_carried_state_of_another_kind_of_optimizer_or_of_another_model_is_refused(
+    tiny: Path, pairs: Sequence[PreferencePair], tmp_path: Path
 ) -> None:
-    rows = train(tmp_path, tiny, pairs, lr_scheduler_type=kind, warmup_steps=0.5, max_steps=4, learning_rate=1e-3)
-    rates = [row["learning_rate"] for row in rows]
-    wanted = {
-        "linear": [0, 5e-4, 1e-3, 5e-4],
-        "constant": [1e-3] * 4,
-        "constant_with_warmup": [0, 5e-4, 1e-3, 1e-3],
-        "cosine": [0, 5e-4, 1e-3, 5e-4],
-    }
-    assert rates == pytest.approx(wanted[kind], abs=1e-12)
+    run_training(job_of(tmp_path / "one", tiny, pairs, max_steps=1, job={"keep_optimizer_state": True}))
+    carried = {"optimizer_state": str(tmp_path / "one/out/train/optimizer.safetensors")}
+    run_training(job_of(tmp_path / "same", tiny, pairs, max_steps=1, job=carried))
+    with pytest.raises(DataError, match=r"is of adamw_torch, but train\.optim is rmsprop"):
+        run_training(job_of(tmp_path / "two", tiny, pairs, max_steps=1, job=carried, optim="rmsprop"))
+    narrow = make_tiny_model(tmp_path / "narrow", intermediate_size=64)
+    with pytest.raises(DataError, match="of another model"):
+        run_training(job_of(tmp_path / "three", narrow, pairs, max_steps=1, job=carried))
+
+
+def test_a_missing_bitsandbytes_is_said_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = TrainRecipe(optim="adamw_bnb_8bit")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match=r"pip install .*selfplay-dpo\[bnb\]"):
+        require_optimizer(recipe)
+    require_optimizer(TrainRecipe())
+
+
+def test_8_bit_adamw_follows_adamw_resumes_exactly_and_is_carried(
+    tiny: Path, pairs: Sequence[PreferencePair], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    rig: dict[str, Any] = {"max_steps": 5, "save_steps": 2, "job": {"keep_optimizer_state": True}}
+    full = train(tmp_path / "full", tiny, pairs, **rig)
+    rows = train(tmp_path / "whole", tiny, pairs, optim="adamw_bnb_8bit", **rig)
+    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in full], abs=0.05)
+    assert rows[-1]["loss"] < 0.6
+    assert rows[-1]["loss"] != full[-1]["loss"]
+    job = job_of(tmp_path / "killed", tiny, pairs, optim="adamw_bnb_8bit", **rig)
+    monkeypatch.setenv(faults.VARIABLE, "train.updated@4=raise")
+    with pytest.raises(faults.InjectedError):
+        run_training(job)
+    monkeypatch.delenv(faults.VARIABLE)
+    run_training(job)
+    for name in ("policy/model.safetensors", "train/optimizer.safetensors", "train/steps.jsonl"):
+        assert (tmp_path / "killed/out" / name).read_bytes() == (tmp_path / "whole/out" / name).read_bytes()
+    state = load_file(tmp_path / "whole/out/train/optimizer.safetensors")
+    assert {tensor.dtype for name, tensor in state.items() if name.endswith("state1")} == {torch.uint8, torch.float32}
+    assert state["0/state1"].dtype == torch.float32, "the embeddings' state"
+    carried = {"optimizer_state": str(tmp_path / "whole/out/train/optimizer.safetensors"), "keep_optimizer_state": True}
+    run_training(job_of(tmp_path / "next", tiny, pairs, optim="adamw_bnb_8bit", max_steps=1, job=carried))
+    state = load_file(tmp_path / "next/out/train/optimizer.safetensors")
+    assert {int(tensor) for name, tensor in state.items() if name.endswith("/step")} == {6}
+    with pytest.raises(DataError, match=r"is of adamw_bnb_8bit, but train\.optim is adamw_torch"):
+        run_training(job_of(tmp_path / "wrong", tiny, pairs, max_steps=1, job=carried))
 
 
 def test_optimizers_differ_and_weight_decay_spares_norms(

@@ -93,7 +93,7 @@ def test_a_reference_file_of_another_model_stops_before_any_step(
     with pytest.raises(AuditError, match=r"reference\.safetensors"):
         run_training(other)
     assert not (tmp_path / "again" / "policy").exists()
-    assert not (tmp_path / "again" / "train").exists()
+    assert store.read_json_lines(tmp_path / "again" / "train" / "steps.jsonl") == []
 
 
 def test_the_audit_passes_with_the_engines_logps_and_fails_when_one_side_has_other_weights(

@@ -1,0 +1,190 @@
+"""Checkpoints of a training job: everything that a step leaves behind, so that going on gives the same bits.
+
+    train/checkpoints/step-000120/
+      state-00000.safetensors ...  fp32 weights, optimizer state, random states; a file holds about FILE_BYTES
+      checkpoint.json              step, epoch, figures so far, pack cap, and the fingerprint of the job
+      steps.jsonl                  the metrics of the steps so far: train/steps.jsonl is cut back to them
+      SHA256SUMS                   the digests of those
+
+The schedule and the order of the pairs are functions of the step, so the step is their whole state.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selfplay import store
+from selfplay.errors import StorageError
+from selfplay.train.optim import Masters, load_state, state_tensors
+from selfplay.train.settings import KEPT_CHECKPOINTS, TrainJob
+
+FILE_BYTES = 4 << 30  # safetensors builds a file in memory before it writes it
+# save_steps: auto. At most this much training is lost to a kill, unless writing takes so long that it would cost more than
+# a twentieth of the time.
+AUTO_SECONDS = 600.0
+AUTO_SHARE = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A valid checkpoint: where it is, and what its JSON says."""
+
+    folder: Path
+    step: int
+    max_pack_tokens: int
+    result: dict[str, Any]
+    rows: list[dict[str, Any]]
+
+    def restore(self, masters: Masters, optimizer: torch.optim.Optimizer) -> None:
+        """Weights, optimizer and random states as they were after the step."""
+        parts: dict[str, dict[str, Tensor]] = {"weights": {}, "optimizer": {}, "random": {}}
+        for name, tensor in _stored(self.folder):
+            part, _, key = name.partition("/")
+            parts[part][key] = tensor
+        masters.load(parts["weights"].items())
+        load_state(optimizer, parts["optimizer"])
+        _set_random_states(parts["random"])
+
+
+class Checkpoints:
+    """Those of one job, in `folder`. `note` takes a line for the user."""
+
+    def __init__(self, folder: Path, job: TrainJob, *, note: Callable[[str], None]) -> None:
+        self.folder, self.job, self.note = folder, job, note
+
+    @cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """What makes this job's steps what they are. Read late: digests of large weights take their time."""
+        job, settings = self.job, asdict(self.job.settings)
+        del settings["save_steps"]
+        state = job.optimizer_state
+        return {
+            "policy": store.weights_digest(Path(job.policy)),
+            "reference": store.weights_digest(Path(job.reference)) if job.reference is not None else None,
+            "pairs": store.file_digest(Path(job.pairs)),
+            "optimizer_state": store.file_digest(Path(state)) if state is not None else None,
+            "schedule": [job.first_step, job.total_steps],
+            "seed": job.seed,
+            "settings": settings,
+        }
+
+    def newest(self) -> Found | None:
+        """The last valid checkpoint; None where there is none. Damaged ones are removed, with a line each. StorageError
+        where they are of another job.
+        """
+        for folder in reversed(self._folders()):
+            try:
+                store.check_folder(folder)
+            except StorageError as error:
+                self.note(f"training: a checkpoint is damaged and not used ({error})")
+                store.remove_folder(folder)
+                continue
+            data = json.loads((folder / "checkpoint.json").read_text())
+            self._require_own(folder, data["fingerprint"])
+            rows = store.read_json_lines(folder / "steps.jsonl")
+            self.note(f"training: going on from the checkpoint of step {data['step']}")
+            return Found(folder, data["step"], data["max_pack_tokens"], data["result"], rows)
+        return None
+
+    def _require_own(self, folder: Path, found: dict[str, Any]) -> None:
+        own = json.loads(json.dumps(self.fingerprint))
+        if other := [key for key in own | found if own.get(key) != found.get(key)]:
+            raise StorageError(
+                f"{folder}: a checkpoint of another training job: its {', '.join(other)} differ. Delete the folder "
+                f"{self.folder} to train from the start, or take another --out"
+            )
+
+    def save(
+        self,
+        masters: Masters,
+        optimizer: torch.optim.Optimizer,
+        *,
+        max_pack_tokens: int,
+        result: dict[str, Any],
+        rows: list[dict[str, Any]],
+    ) -> Path:
+        """Writes one, of the step that `rows` end with, and removes all but the last KEPT_CHECKPOINTS."""
+        step, epoch = rows[-1]["step"], rows[-1]["epoch"]
+        data = {"step": step, "epoch": epoch, "max_pack_tokens": max_pack_tokens, "result": result}
+
+        def write(folder: Path) -> None:
+            _write_tensors(folder, _tensors(masters, optimizer))
+            text = json.dumps(data | {"fingerprint": self.fingerprint}, indent=2, allow_nan=False) + "\n"
+            (folder / "checkpoint.json").write_text(text)
+            (folder / "steps.jsonl").write_bytes(store.json_lines(rows))
+
+        path = self.folder / f"step-{step:06d}"
+        store.write_folder(path, write)
+        for old in self._folders()[:-KEPT_CHECKPOINTS]:
+            store.remove_folder(old)
+        return path
+
+    def _folders(self) -> list[Path]:
+        """Finished ones, the newest last. What else lies there is none of ours."""
+        found = [f for f in self.folder.glob("step-*") if f.name.removeprefix("step-").isdecimal()]
+        return sorted(found, key=lambda f: int(f.name.removeprefix("step-")))
+
+
+class Due:
+    """Says after which steps a checkpoint is written."""
+
+    def __init__(self, save_steps: int | str, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.every = None if save_steps == "auto" else int(save_steps)
+        self.clock = clock
+        self.last, self.cost = clock(), 0.0
+
+    def after(self, step: int) -> bool:
+        if self.every is not None:
+            return step % self.every == 0
+        return self.clock() - self.last >= max(AUTO_SECONDS, AUTO_SHARE * self.cost)
+
+    def written(self, started: float) -> None:
+        """Counts the seconds that writing took since `started`."""
+        self.last = self.clock()
+        self.cost = self.last - started
+
+
+def _tensors(masters: Masters, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
+    for name, weight in masters.named():
+        yield f"weights/{name}", weight
+    for name, tensor in state_tensors(optimizer).items():
+        yield f"optimizer/{name}", tensor
+    yield "random/cpu", torch.get_rng_state()
+    for n, state in enumerate(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []):
+        yield f"random/{n}", state
+
+
+def _set_random_states(states: dict[str, Tensor]) -> None:
+    torch.set_rng_state(states.pop("cpu"))
+    if torch.cuda.is_available() and len(states) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([states[str(n)] for n in range(len(states))])
+
+
+def _write_tensors(folder: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
+    from safetensors.torch import save_file
+
+    number, held, size = 0, dict[str, Tensor](), 0
+    for name, tensor in tensors:
+        held[name] = tensor.contiguous()
+        size += tensor.nbytes
+        if size >= FILE_BYTES:
+            save_file(held, folder / f"state-{number:05d}.safetensors")
+            number, held, size = number + 1, {}, 0
+    if held:
+        save_file(held, folder / f"state-{number:05d}.safetensors")
+
+
+def _stored(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    from safetensors import safe_open
+
+    for path in sorted(folder.glob("state-*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - no mapping
+                yield name, file.get_tensor(name)

@@ -1,0 +1,31 @@
+"""Work in packs, in smaller ones where the device's memory runs out."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+R = TypeVar("R")
+MIN_PACK_TOKENS = 64  # most pairs are longer: below it nothing would be split any more
+
+
+def free_memory() -> None:
+    """Gives the device what nothing holds any more: blocks of the old sizes would stand in the way of new ones."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def in_smaller_packs(work: Callable[[int], R], max_pack_tokens: int, *, halved: Callable[[int], None]) -> R:
+    """What `work` returns at the first cap that fits: `max_pack_tokens`, or half of it, and so on. `halved` gets each cap
+    that is tried after it. torch.OutOfMemoryError where none fits.
+    """
+    while True:
+        try:
+            return work(max_pack_tokens)
+        except torch.OutOfMemoryError:
+            if max_pack_tokens < 2 * MIN_PACK_TOKENS:
+                raise
+        # outside the except block, whose traceback holds what the failed work took
+        max_pack_tokens //= 2
+        free_memory()
+        halved(max_pack_tokens)
