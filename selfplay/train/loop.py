@@ -12,15 +12,18 @@ from typing import Any
 import torch
 
 from selfplay import store
-from selfplay.errors import AuditError, DataError, NonFiniteError, NoPairsError
+from selfplay.errors import DataError, NonFiniteError
 from selfplay.losses import reward_metrics, total_loss
+from selfplay.recipe_train import reads
 from selfplay.train.logps import TokenLogps
-from selfplay.train.model import PROBE_TOLERANCE, can_share_prompts, check_head, default_device, load_model, save_policy
-from selfplay.train.optim import Masters, cast_parameters, make_optimizer, make_schedule
+from selfplay.train.model import default_device, load_model, probe, save_policy
+from selfplay.train.optim import Masters, make_optimizer, make_schedule
 from selfplay.train.pack import Pack, build_packs, form_steps
-from selfplay.train.reference import ReferenceLogps, audit_engine, check_zero_logratios, pair_logps, score_pairs
+from selfplay.train.reference import ReferenceLogps, audit_engine, check_zero_logratios, pair_logps
+from selfplay.train.reference_pass import find_reference, win_rates
+from selfplay.train.rows import read_rows
 from selfplay.train.settings import TrainJob, TrainSettings
-from selfplay.types import Group, PreferencePair
+from selfplay.types import Group, TrainRow
 
 Progress = Callable[[str, int, int], None]  # what, done, total
 
@@ -38,20 +41,22 @@ class Trainer:
     optimizer: torch.optim.Optimizer
     schedule: Any
     accelerator: Any
-    reference: ReferenceLogps
+    reference: ReferenceLogps | None  # None in a reference-free job
     settings: TrainSettings
     shared: bool
+    win_rates_2B: torch.Tensor | None = None  # of chosen and rejected; None where no loss reads them
 
-    def step(self, pairs: Sequence[PreferencePair], indices: Sequence[int], *, check_zero: bool) -> dict[str, float]:
+    def step(self, pairs: Sequence[TrainRow], indices: Sequence[int], *, check_zero: bool) -> dict[str, float]:
         """One optimizer step over the mean loss of some pairs; returns its metrics under Hugging Face's names."""
         settings, device = self.settings, self.accelerator.device
         sums: dict[str, float] = {"loss": 0.0, "num_tokens": 0}
         seen = []
         for pack in build_packs(pairs, indices, max_pack_tokens=settings.max_pack_tokens, shared=self.shared):
             pack = pack.to(device)
-            logps = pair_logps(pack, self.module(pack), self.reference)
+            rates_2B = None if self.win_rates_2B is None else self.win_rates_2B[:, list(pack.pair_B)].to(device)
+            logps = pair_logps(pack, self.module(pack), self.reference, rates_2B)
             losses_B = total_loss(
-                logps, names=settings.loss_type, weights=settings.loss_weights, beta=settings.beta
+                logps, names=settings.loss_type, weights=settings.loss_weights, numbers=settings.loss_numbers
             ) * torch.tensor([pairs[i].weight for i in pack.pair_B], device=device)
             loss = losses_B.sum() / len(indices)
             _require_finite(losses_B, pack, pairs, "loss")
@@ -62,13 +67,12 @@ class Trainer:
                 sums[name] = sums.get(name, 0.0) + value / len(indices)
             sums["loss"] += loss.item()
             sums["num_tokens"] += pack.num_tokens
-        if check_zero:
-            dtype = torch.bfloat16 if self.masters.is_copy else torch.float32
-            sums["audit/zero_logratio"] = check_zero_logratios(seen, compute_dtype=dtype)
+        if check_zero and self.reference is not None and self.reference.zero_tolerance is not None:
+            sums["audit/zero_logratio"] = check_zero_logratios(seen, tolerance=self.reference.zero_tolerance)
         grad_norm = self._update(pairs, indices)
         return {**sums, "grad_norm": grad_norm, "num_pairs": len(indices)}
 
-    def _update(self, pairs: Sequence[PreferencePair], indices: Sequence[int]) -> float:
+    def _update(self, pairs: Sequence[TrainRow], indices: Sequence[int]) -> float:
         norm = self.masters.grad_norm()
         if not norm < float("inf"):
             raise NonFiniteError(
@@ -83,7 +87,7 @@ class Trainer:
         return norm
 
 
-def _require_finite(losses_B: torch.Tensor, pack: Pack, pairs: Sequence[PreferencePair], what: str) -> None:
+def _require_finite(losses_B: torch.Tensor, pack: Pack, pairs: Sequence[TrainRow], what: str) -> None:
     bad = [i for i, ok in zip(pack.pair_B, losses_B.isfinite().tolist(), strict=True) if not ok]
     if bad:
         raise NonFiniteError(
@@ -92,44 +96,45 @@ def _require_finite(losses_B: torch.Tensor, pack: Pack, pairs: Sequence[Preferen
         )
 
 
-def _ids(pairs: Sequence[PreferencePair], indices: Sequence[int]) -> str:
+def _ids(pairs: Sequence[TrainRow], indices: Sequence[int]) -> str:
     return ", ".join(dict.fromkeys(pairs[i].prompt_id for i in indices))
 
 
 def run_training(job: TrainJob, progress: Progress = _silent) -> dict[str, Any]:
-    """Trains `job.policy` on its pairs and writes, under `job.out`: reference.safetensors, train/steps.jsonl,
-    train/result.json and policy/. Returns the result.
+    """Trains `job.policy` on its pairs and writes, under `job.out`: reference.safetensors (and reference/, where it is an
+    ema) if a loss reads a reference, train/steps.jsonl, train/result.json and policy/. Returns the result.
 
     Raises NoPairsError, NonFiniteError and AuditError before a weight has changed on disk.
     """
     from accelerate import Accelerator
 
     settings, out = job.settings, Path(job.out)
-    pairs, num_too_long = _read_pairs(job)
+    pairs, num_too_long = read_rows(job)
+    rates_2B = win_rates(pairs) if "win_rates" in reads(settings.loss_type) else None
     torch.manual_seed(job.seed)
     device = default_device()
     accelerator = Accelerator(cpu=device.type == "cpu")
     model = load_model(job.policy, lora=settings.lora, gradient_checkpointing=settings.gradient_checkpointing).to(
         device
     )
-    shared, probe = _probe(model, device)
+    shared, difference = probe(model, device)
     dtype = torch.bfloat16 if settings.bf16 else torch.float32
     masters = Masters(model, compute_dtype=dtype)
     module = TokenLogps(model)
-    result: dict[str, Any] = {"shared_prompts": shared, "probe_difference": probe, "num_too_long": num_too_long}
+    result: dict[str, Any] = {"shared_prompts": shared, "probe_difference": difference, "num_too_long": num_too_long}
     result |= audit_engine(module, _groups(job), bound=settings.max_audit_difference, device=device) or {}
-    reference = _reference(job, pairs, module, shared, device, progress)
+    reference = find_reference(job, pairs, module, masters, shared=shared, device=device, progress=progress)
     steps = _plan(job, pairs)
     optimizer = make_optimizer(masters.weights, settings)
     if job.optimizer_state is not None:
         optimizer.load_state_dict(_load_optimizer(optimizer, Path(job.optimizer_state)))
     schedule = make_schedule(optimizer, job, len(steps))
     prepared = accelerator.prepare(module)
-    trainer = Trainer(prepared, masters, optimizer, schedule, accelerator, reference, settings, shared)
+    trainer = Trainer(prepared, masters, optimizer, schedule, accelerator, reference, settings, shared, rates_2B)
     rows = []
     for number, (epoch, indices) in enumerate(steps):
         rate = schedule.get_last_lr()[0]
-        figures = trainer.step(pairs, indices, check_zero=number == 0 and job.reference is None)
+        figures = trainer.step(pairs, indices, check_zero=number == 0)
         rows.append({"step": number + 1, "epoch": epoch, "learning_rate": rate, **figures})
         progress("train", number + 1, len(steps))
     result |= _summary(rows, len(pairs), settings)
@@ -141,66 +146,11 @@ def run_training(job: TrainJob, progress: Progress = _silent) -> dict[str, Any]:
     return result
 
 
-def _read_pairs(job: TrainJob) -> tuple[list[PreferencePair], int]:
-    pairs = store.read_records(Path(job.pairs), PreferencePair)
-    limit = job.settings.max_length
-    fitting = [p for p in pairs if limit is None or _length(p) <= limit]
-    if not fitting:
-        raise NoPairsError(f"{job.pairs}: no pair to train on ({len(pairs)} read, the rest over max_length {limit})")
-    return fitting, len(pairs) - len(fitting)
-
-
-def _length(pair: PreferencePair) -> int:
-    return len(pair.prompt_token_ids) + max(len(pair.chosen_token_ids), len(pair.rejected_token_ids))
-
-
-def _probe(model: Any, device: torch.device) -> tuple[bool, float | None]:
-    head = check_head(model, device)
-    if not head <= PROBE_TOLERANCE:
-        raise AuditError(
-            f"this model scales its logits in a way that selfplay doesn't know: our logps and its own differ by {head:.4f} "
-            "nats. Training it would follow a wrong gradient; please report the model's family"
-        )
-    shared, difference = can_share_prompts(model, device)
-    return shared, difference
-
-
 def _groups(job: TrainJob) -> list[Group]:
     return [g for path in job.groups[:1] for g in store.read_records(Path(path), Group)]
 
 
-def _reference(
-    job: TrainJob,
-    pairs: Sequence[PreferencePair],
-    module: TokenLogps,
-    shared: bool,
-    device: torch.device,
-    progress: Progress,
-) -> ReferenceLogps:
-    path = Path(job.out) / "reference.safetensors"
-    if path.exists():
-        return ReferenceLogps.load(path)
-    settings = job.settings
-    steps = form_steps(pairs, batch_size=settings.batch_size, seed=job.seed, epoch=0, shuffle=settings.shuffle)
-    frozen = module
-    if job.reference is not None:
-        other = load_model(job.reference).to(device)
-        cast_parameters(other, next(module.parameters()).dtype)
-        frozen = TokenLogps(other)
-    reference = score_pairs(
-        frozen,
-        pairs,
-        steps,
-        max_pack_tokens=settings.max_pack_tokens,
-        shared=shared,
-        device=device,
-        progress=lambda done: progress("reference", done, len(pairs)),
-    )
-    reference.save(path)
-    return reference
-
-
-def _plan(job: TrainJob, pairs: Sequence[PreferencePair]) -> list[tuple[float, list[int]]]:
+def _plan(job: TrainJob, pairs: Sequence[TrainRow]) -> list[tuple[float, list[int]]]:
     """(epoch, indices) of every optimizer step; max_steps goes on into further epochs, as in transformers."""
     settings = job.settings
     steps: list[tuple[float, list[int]]] = []
@@ -222,8 +172,11 @@ def _summary(rows: list[dict[str, Any]], num_pairs: int, settings: TrainSettings
         "num_tokens": sum(row["num_tokens"] for row in rows),
         "loss_first": rows[0]["loss"],
         "loss_last": last["loss"],
-        "rewards/accuracies": sum(r["rewards/accuracies"] * r["num_pairs"] for r in final) / in_final,
-        "rewards/margins": last["rewards/margins"],
+        # no rewards where the loss is sft alone
+        "rewards/accuracies": sum(r["rewards/accuracies"] * r["num_pairs"] for r in final) / in_final
+        if "rewards/accuracies" in last
+        else None,
+        "rewards/margins": last.get("rewards/margins"),
         "audit/zero_logratio": rows[0].get("audit/zero_logratio"),
         "settings": asdict(settings),
     }

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from selfplay.adapters import base_folder, is_adapter, load_adapter
-from selfplay.errors import DataError
+from selfplay.errors import AuditError, DataError
 from selfplay.store import write_folder
 from selfplay.train import attention
 from selfplay.train.logps import TokenLogps
@@ -81,6 +81,17 @@ def default_device() -> torch.device:
         if torch.cuda.is_available()
         else torch.device("cpu")
     )
+
+
+def probe(model: Any, device: torch.device) -> tuple[bool, float | None]:
+    """What `can_share_prompts` says of this very model. AuditError where our logps differ from its own."""
+    head = check_head(model, device)
+    if not head <= PROBE_TOLERANCE:
+        raise AuditError(
+            f"this model scales its logits in a way that selfplay doesn't know: our logps and its own differ by {head:.4f} "
+            "nats. Training it would follow a wrong gradient; please report the model's family"
+        )
+    return can_share_prompts(model, device)
 
 
 def can_share_prompts(model: Any, device: torch.device) -> tuple[bool, float | None]:

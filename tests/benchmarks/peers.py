@@ -149,10 +149,11 @@ def _our_trainer(model: str, work: Work, bf16: bool) -> tuple[Any, list[Preferen
 
 
 def _our_reference(trainer: Any, pairs: list[PreferencePair], steps: list[list[int]]) -> Any:
-    from selfplay.train.reference import score_pairs
+    from selfplay.train.reference import ReferenceLogps
+    from selfplay.train.reference_pass import score_rows
 
-    cap = trainer.settings.max_pack_tokens
-    return score_pairs(trainer.module, pairs, steps, max_pack_tokens=cap, shared=True, device=torch.device("cpu"))
+    cap, cpu = trainer.settings.max_pack_tokens, torch.device("cpu")
+    return ReferenceLogps(*score_rows(trainer.module, pairs, steps, max_pack_tokens=cap, shared=True, device=cpu))
 
 
 def _trl(model: str, work: Work, bf16: bool, changes: dict[str, Any]) -> float:
