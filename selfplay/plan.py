@@ -36,7 +36,7 @@ class RoundPlan:
 
     index: int
     init: str
-    reference: str
+    reference: str | None  # None where no loss reads one
     num_prompts: int
     first_prompt: int | None  # place in dealing order; None where every round gets all prompts
     num_completions: int
@@ -71,11 +71,14 @@ def make_plan(recipe: Recipe, out: Path) -> Plan:
     recipe and the data set.
     """
     recipe.check_judged()
+    recipe.check_win_rates()
     recipe = _with_generator(recipe)
     pool = load_pool(recipe.prompts, seed=recipe.seed)
     rounds = tuple(_plan_round(recipe, pool, index) for index in range(recipe.rounds))
     completions, tokens = _panel_work(recipe, len(pool.heldout[: recipe.evaluate.num_prompts]))
     folder = find_model(recipe.model)
+    if recipe.train.reference_path is not None:
+        find_model(recipe.train.reference_path)
     parameters = num_parameters(folder) if folder is not None else None
     trained = None if folder is None else num_trained(folder, recipe.train.lora)
     needed = None if trained is None else _bytes_needed(recipe, rounds, tokens, trained, out)
@@ -96,11 +99,10 @@ def _plan_round(recipe: Recipe, pool: PromptPool, index: int) -> RoundPlan:
     max_pairs = _most_pairs(recipe, [len(pool.deal(prompts, r)) for r in range(index + 1)])
     steps = math.ceil(max_pairs / settings.batch_size) * settings.num_train_epochs
     init = f"the policy of round {index - 1}" if index else recipe.model
-    initial = recipe.train.reference == "initial"
     return RoundPlan(
         index=index,
         init=init,
-        reference=recipe.model if initial else init,
+        reference=_reference(recipe, index, init),
         num_prompts=count,
         first_prompt=sum(at_round(prompts.num_prompts or 0, r) for r in range(index)) + 1 if disjoint else None,
         num_completions=at_round(generator.num_completions, index),
@@ -121,6 +123,19 @@ def _most_pairs(recipe: Recipe, num_prompts: list[int]) -> int:
         if isinstance(one, MixPreviousRecipe):
             return own[-1] + make_mix(one, round).most_added(own)
     return own[-1]
+
+
+def _reference(recipe: Recipe, index: int, init: str) -> str | None:
+    """Whose weights the reference of a round is, in words."""
+    kind, alpha = recipe.train.reference, recipe.train.ref_model_mixup_alpha
+    if kind is None or recipe.train.reference_path is not None:
+        return kind
+    if kind == "prior":
+        return init
+    if alpha is None or index == 0:
+        return recipe.model
+    before = f"the reference of round {index - 1}" if index > 1 else recipe.model
+    return f"{alpha:g} x {init} + {1 - alpha:g} x {before}"
 
 
 def _panel_work(recipe: Recipe, num_prompts: int) -> tuple[int, int]:
@@ -190,13 +205,14 @@ def _shapes_in(file: Path) -> dict[str, list[int]]:
 
 
 def _bytes_needed(recipe: Recipe, rounds: tuple[RoundPlan, ...], panel_tokens: int, parameters: int, out: Path) -> int:
-    """What is still to be written and stays."""
+    """What is still to be written and stays. An ema of the reference is kept from round 1 on."""
     left = [plan for plan in rounds if not (out / f"round-{plan.index:03d}" / "policy").exists()]
     per_round = parameters * BYTES_PER_VALUE[recipe.train.save_dtype]
     if recipe.train.optimizer_state == "carried":
         per_round += parameters * STATE_BYTES[recipe.train.optim]
+    ema = parameters * 4 * sum(plan.index > 0 for plan in left) if recipe.train.reference == "ema" else 0
     tokens = sum(plan.tokens for plan in left) + (panel_tokens if left else 0)
-    return len(left) * per_round + tokens * RECORD_BYTES_PER_TOKEN
+    return len(left) * per_round + ema + tokens * RECORD_BYTES_PER_TOKEN
 
 
 def _bytes_free(out: Path) -> int:
@@ -228,15 +244,28 @@ def _round_lines(recipe: Recipe, plan: RoundPlan) -> list[str]:
     return [
         f"round {plan.index}",
         f"  init       {plan.init}",
-        f"  reference  {plan.reference}",
+        f"  reference  {_reference_line(plan)}",
         f"  data       prompts {data} in dealing order, {plan.num_completions} completions each "
         f"(temperature {plan.temperature:g}, at most {plan.max_tokens} tokens)",
         f"  pairs      {' -> '.join([recipe.pairs.kind, *(one.kind for one in recipe.pairs.filters)])}",
         f"  schedule   learning_rate {settings.learning_rate:g}, {settings.lr_scheduler_type} over {span}, "
         f"warmup_steps {settings.warmup_steps:g}; optimizer {optimizer}",
-        f"  train      beta {settings.beta:g}, loss {' + '.join(settings.loss_type)}, batch_size {settings.batch_size}, "
+        f"  train      {_loss_line(settings)}, batch_size {settings.batch_size}, "
         + (f"{settings.max_steps} steps" if settings.max_steps > 0 else f"{settings.num_train_epochs} epochs"),
     ]
+
+
+def _reference_line(plan: RoundPlan) -> str:
+    if plan.reference is None:
+        return f"none: loss_type {' + '.join(plan.settings.loss_type)} reads no reference"
+    return f"{plan.reference}; logps by the {plan.settings.reference_logps}"
+
+
+def _loss_line(settings: TrainSettings) -> str:
+    weighted = zip(settings.loss_weights, settings.loss_type, strict=True)
+    loss = " + ".join(name if weight == 1 else f"{weight:g} x {name}" for weight, name in weighted)
+    numbers = [f"{name} {value:g}" for name, value in settings.loss_numbers.items() if value]
+    return ", ".join((f"loss {loss}", *numbers))
 
 
 def _work_table(plan: Plan) -> Table:

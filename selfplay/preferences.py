@@ -1,6 +1,7 @@
-"""Preference data sets of others become our pairs: rows in = pairs + drops, each with its reason.
+"""Data sets of others become our pairs, or our demonstrations where they have no rejected completion: rows in = rows out +
+drops, each with its reason.
 
-Known forms, by the columns of the first row; `chosen` and `rejected` are always there:
+Known forms of preferences, by the columns of the first row; `chosen` and `rejected` are always there:
 
     explicit prompt      prompt (text or messages), instruction + input, or conversations; then chosen and rejected hold
                          a text, one message, or a list of messages
@@ -8,6 +9,8 @@ Known forms, by the columns of the first row; `chosen` and `rejected` are always
                          beginning; a text in "Human: ... Assistant: ..." turns is read as a conversation
 
 A conversation that opens with a system or a user turn brings its own prompt, also where a prompt column stands beside it.
+
+Demonstrations are read as the recipe's prompts are (prompts.py), and the gold answer of a row is what is trained on.
 """
 
 import json
@@ -19,8 +22,9 @@ from typing import Any
 
 from selfplay.chat import Chat
 from selfplay.errors import DataError
-from selfplay.prompts import ROLES, read_rows
-from selfplay.types import Drop, Message, PreferencePair, Prompt, prompt_id
+from selfplay.prompts import ROLES, read_prompts, read_rows
+from selfplay.recipe import PromptsRecipe
+from selfplay.types import Demonstration, Drop, Message, PreferencePair, Prompt, prompt_id
 
 Turns = tuple[Message, ...]
 PROMPT_COLUMNS = ("prompt", "instruction", "conversations")
@@ -37,22 +41,73 @@ class Preferences:
     form: str
 
 
+@dataclass(frozen=True, slots=True)
+class Demonstrations:
+    """The demonstrations of a data set, and why rows gave none."""
+
+    rows: tuple[Demonstration, ...]
+    drops: tuple[Drop, ...]
+    form: str
+
+
 class _UnusableError(Exception):
     """Says why a row gives no pair."""
 
 
-def holds_our_pairs(source: str) -> bool:
-    """Whether `source` is a pairs.jsonl of ours, whose token ids are trained on as they are."""
+def our_records(source: str) -> type[PreferencePair] | type[Demonstration] | None:
+    """The kind of records in a .jsonl file of ours, whose token ids are trained on as they are; None where it is another's."""
     path = Path(source)
     if path.suffix != ".jsonl" or not path.is_file():
-        return False
+        return None
     with path.open("rb") as file:
         first = file.readline()
     try:
         row = json.loads(first)
     except ValueError:
-        return False
-    return isinstance(row, dict) and {"prompt_token_ids", "chosen_token_ids", "rejected_token_ids"} <= row.keys()
+        return None
+    if not isinstance(row, dict) or "prompt_token_ids" not in row:
+        return None
+    if {"chosen_token_ids", "rejected_token_ids"} <= row.keys():
+        return PreferencePair
+    return Demonstration if "completion_token_ids" in row else None
+
+
+def holds_preferences(source: str, *, name: str | None = None, split: str = "train") -> bool:
+    """Whether the first row of a file or data set id has a chosen and a rejected completion."""
+    first = next(iter(read_rows(source, name=name, split=split)), None)
+    return first is not None and {"chosen", "rejected"} <= first.keys()
+
+
+def read_demonstrations(source: str, chat: Chat, prompts: PromptsRecipe) -> Demonstrations:
+    """The demonstrations of a local file or of a data set id, tokenized by `chat`: the forms that prompts have, with a gold
+    answer. `prompts` says which turn is trained on, how long a prompt may be, the system prompt and so on; its columns are
+    those of its own source, and are looked for in the usual places where this data set has none of their names.
+    """
+    columns = next(iter(read_rows(source, name=prompts.name, split=prompts.split)), {}).keys()
+    update = {
+        "prompt_column": prompts.prompt_column if prompts.prompt_column in columns else None,
+        "gold_column": prompts.gold_column if prompts.gold_column in columns else None,
+    }
+    read, form = read_prompts(prompts.model_copy(update=update), source)
+    made = [row if isinstance(row, Drop) else _demonstration(row, chat, prompts.max_prompt_length) for row in read]
+    rows = tuple(row for row in made if isinstance(row, Demonstration))
+    drops = tuple(row for row in made if isinstance(row, Drop))
+    if not rows:
+        raise DataError(f"{source}: none of {len(made)} rows gives a demonstration; the first: {drops[0].reason}")
+    return Demonstrations(rows, drops, form)
+
+
+def _demonstration(prompt: Prompt, chat: Chat, max_prompt_length: int) -> Demonstration | Drop:
+    if prompt.gold is None or not prompt.gold.strip():
+        return Drop(prompt.source, "no completion to imitate")
+    try:
+        prompt_ids = chat.encode_prompt(prompt)
+        ids = chat.encode_completion(prompt, prompt.gold)
+    except DataError as error:
+        raise DataError(f"{prompt.source}: {error}") from error
+    if len(prompt_ids) > max_prompt_length:
+        return Drop(prompt.source, "prompt longer than max_prompt_length")
+    return Demonstration(prompt.id, prompt.messages, (Message("assistant", prompt.gold),), prompt_ids, ids)
 
 
 def read_preferences(
@@ -87,7 +142,8 @@ def _form(row: Mapping[str, Any], prompt_column: str | None, source: str) -> tup
     if missing:
         raise DataError(
             f"{source}: no column {missing[0]!r}; there are {', '.join(row)}. Preference rows have chosen and rejected, "
-            "and a prompt in a column of its own or at the start of both"
+            "and a prompt in a column of its own or at the start of both. Rows with one completion train with "
+            "train.loss_type: sft"
         )
     # the recipe's column is that of its prompts, and a preference data set need not share it
     column = next((name for name in (prompt_column, *PROMPT_COLUMNS) if name is not None and name in row), None)

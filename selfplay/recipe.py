@@ -19,7 +19,7 @@ from pydantic import (
 from selfplay.errors import RecipeError
 from selfplay.recipe_judges import JudgeRecipe
 from selfplay.recipe_pairs import BestVsWorstRecipe, PairsRecipe, TopKVsBottomKRecipe, WinRatesRecipe
-from selfplay.recipe_train import TrainRecipe
+from selfplay.recipe_train import TrainRecipe, reads
 from selfplay.recipe_values import PerRound, Section, Share, TopP, at_round, rounds_that_differ
 
 POINTWISE_KINDS = ("verifier", "rouge_l", "coin")  # their scores lie in [0, 1] and are no win rates
@@ -132,7 +132,19 @@ class Recipe(Section):
         kind = self.judge.kind if self.judge is not None else None
         if isinstance(pairs, WinRatesRecipe) and pairs.win_rate_from == "scores" and kind in POINTWISE_KINDS:
             raise ValueError(f"pairs.win_rate_from is scores, but those of a {kind} judge are no win rates: say order")
+        if self.train.reference_logps == "engine" and self.generator.kind == "scripted":
+            raise ValueError("train.reference_logps is engine, but the scripted generator gives no logps")
         return self
+
+    def check_win_rates(self) -> None:
+        """RecipeError where a loss reads win rates that no selector would give. A selector passed to `iterate` as an object
+        may give them, so this is no part of reading a recipe.
+        """
+        if "win_rates" in reads(self.train.losses) and not isinstance(self.pairs, WinRatesRecipe):
+            raise RecipeError(
+                f"train.loss_type: sppo reads win rates, which pairs.kind {self.pairs.kind} doesn't give. Say pairs.kind: "
+                "win_rates, or loss_type: sppo_hard"
+            )
 
     def check_judged(self) -> None:
         """RecipeError where pairs need scores that nobody would give. A judge passed to `iterate` as an object counts,

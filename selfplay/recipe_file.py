@@ -14,6 +14,7 @@ from selfplay.recipe import Recipe, resolve_path
 from selfplay.recipe_filters import FilterRecipe, PythonFilterRecipe
 from selfplay.recipe_judges import JudgeRecipe, LLMJudgeRecipe, PythonJudgeRecipe
 from selfplay.recipe_pairs import PairsRecipe
+from selfplay.recipe_train import REFERENCE_KINDS
 
 TAGS = {"one value", "per round"}
 
@@ -199,6 +200,9 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
         ),
         "evaluate": recipe.evaluate.model_copy(update={"judge": _absolute_judge(recipe.evaluate.judge, folder)}),
     }
+    if recipe.train.reference_path is not None:
+        path = _reference_path(recipe.train.reference_path, folder)
+        update["train"] = recipe.train.model_copy(update={"reference": path})
     template = recipe.chat.chat_template
     if template is not None and names_template_file(template):
         update["chat"] = recipe.chat.model_copy(update={"chat_template": str((folder / template).resolve())})
@@ -208,6 +212,15 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
 def names_template_file(chat_template: str) -> bool:
     """Whether a chat_template is the name of a file. A template itself has a Jinja tag, or at least more than one line."""
     return "{" not in chat_template and "\n" not in chat_template
+
+
+def _reference_path(text: str, folder: Path) -> str:
+    path = resolve_path(text, folder)
+    if "/" in path:
+        return path
+    close = difflib.get_close_matches(text, REFERENCE_KINDS, n=1)
+    hint = f'did you mean "{close[0]}"?' if close else f"there is no such folder beside the recipe, in {folder}"
+    raise RecipeError(f"train.reference: {text!r} is none of {', '.join(REFERENCE_KINDS)} and no model; {hint}")
 
 
 def _absolute_judge(judge: Any, folder: Path) -> Any:

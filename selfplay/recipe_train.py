@@ -1,5 +1,6 @@
-"""The section `train` of a recipe. Keys are Hugging Face's own."""
+"""The section `train` of a recipe. Keys are Hugging Face's own, and TRL's for what only TRL has."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
@@ -7,7 +8,37 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_
 from selfplay.recipe_schedule import ScheduleKwargs, ScheduleName, check_schedule
 from selfplay.recipe_values import PerRound, Section
 
-LossName = Literal["sigmoid", "sft"]
+LossName = Literal["sigmoid", "hinge", "ipo", "sppo_hard", "sppo", "sigmoid_norm", "simpo", "sft"]
+
+# What each loss reads beside the logps of the chosen completion. losses.py has the losses themselves.
+_LOGRATIOS = frozenset({"rejected", "reference", "beta"})
+READS: dict[str, frozenset[str]] = {
+    "sigmoid": _LOGRATIOS | {"label_smoothing"},
+    "hinge": _LOGRATIOS,
+    "ipo": _LOGRATIOS,
+    "sppo_hard": _LOGRATIOS,
+    "sppo": _LOGRATIOS | {"win_rates"},
+    "sigmoid_norm": _LOGRATIOS,
+    "simpo": frozenset({"rejected", "beta", "simpo_gamma", "label_smoothing"}),
+    "sft": frozenset(),
+}
+NUMBERS = ("beta", "label_smoothing", "simpo_gamma")
+# Fields that only some recipes read: what reads them, and their value where the recipe says nothing. They are None where
+# nothing reads them.
+CONDITIONAL: dict[str, tuple[str, float | str]] = {
+    "beta": ("beta", 0.1),
+    "label_smoothing": ("label_smoothing", 0.0),
+    "simpo_gamma": ("simpo_gamma", 0.5),
+    "reference": ("reference", "prior"),
+    "reference_logps": ("reference", "trainer"),
+}
+MIXUP_ALPHA = 0.6
+REFERENCE_KINDS = ("prior", "initial", "ema")
+
+
+def reads(names: Sequence[str]) -> frozenset[str]:
+    """What some losses read together."""
+    return frozenset[str]().union(*(READS[name] for name in names))
 
 
 class LoraRecipe(Section):
@@ -22,12 +53,23 @@ class LoraRecipe(Section):
 
 
 class TrainRecipe(Section):
-    """The DPO step. `batch_size` counts pairs per optimizer step over all devices."""
+    """The DPO step. `batch_size` counts pairs per optimizer step over all devices.
+
+    `reference`: whose weights the policy is held to. "prior" is the policy that the round starts from, "initial" that of
+    the run; "ema" mixes once a round, reference = ref_model_mixup_alpha * policy + (1 - ref_model_mixup_alpha) * reference
+    of the round before; else the folder or hub id of a model, which keeps its place. `reference_logps: engine` takes the
+    logps that the engine gave while it sampled, where the reference is the policy that sampled.
+    """
 
     learning_rate: PerRound[PositiveFloat] = 5e-7
-    beta: PerRound[PositiveFloat] = 0.1
     loss_type: LossName | Annotated[list[LossName], Field(min_length=1)] = "sigmoid"
     loss_weights: list[PositiveFloat] | None = None
+    beta: PerRound[PositiveFloat] | None = None
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] | None = None
+    simpo_gamma: NonNegativeFloat | None = None
+    reference: str | None = None
+    ref_model_mixup_alpha: Annotated[float, Field(gt=0, lt=1)] | None = None
+    reference_logps: Literal["trainer", "engine"] | None = None
     batch_size: PerRound[PositiveInt] = 32
     num_train_epochs: PerRound[PositiveInt] = 1
     max_steps: PerRound[int] = -1
@@ -45,7 +87,6 @@ class TrainRecipe(Section):
     bf16: bool | Literal["auto"] = "auto"
     gradient_checkpointing: bool = False
     lora: LoraRecipe | None = None
-    reference: Literal["prior", "initial"] = "prior"
     optimizer_state: Literal["fresh", "carried"] = "fresh"
     schedule_scope: Literal["round", "run"] = "round"
     shuffle: bool = True
@@ -53,6 +94,16 @@ class TrainRecipe(Section):
     save_steps: PositiveInt | Literal["auto"] = "auto"
     save_dtype: Literal["float32", "bfloat16"] = "float32"
     max_audit_difference: PositiveFloat = 0.1
+
+    @property
+    def losses(self) -> list[str]:
+        """`loss_type` as a list."""
+        return list(self.loss_type) if isinstance(self.loss_type, list) else [self.loss_type]
+
+    @property
+    def reference_path(self) -> str | None:
+        """The model that `reference` names; None where it is a kind, or nothing reads a reference."""
+        return None if self.reference in (None, *REFERENCE_KINDS) else self.reference
 
     @model_validator(mode="before")
     @classmethod
@@ -69,6 +120,34 @@ class TrainRecipe(Section):
             data = {k: v for k, v in data.items() if k != "warmup_ratio"} | {"warmup_steps": data["warmup_ratio"]}
         return data
 
+    @model_validator(mode="before")
+    @classmethod
+    def _read_by_a_loss(cls, data: Any) -> Any:
+        """Fills fields that a loss reads, and refuses values that none does: they would change nothing."""
+        if not isinstance(data, dict):
+            return data
+        loss_type = data.get("loss_type", "sigmoid")
+        names = loss_type if isinstance(loss_type, list) else [loss_type]
+        if not all(isinstance(name, str) and name in READS for name in names):
+            return data  # the field's own check says what is wrong
+        filled = dict(data)
+        for field, (what, default) in CONDITIONAL.items():
+            given = filled.get(field)
+            if what in reads(names):
+                filled[field] = default if given is None else given
+            elif given is not None:
+                readers = ", ".join(name for name in READS if what in READS[name])
+                raise ValueError(
+                    f"{field} is {given}, but loss_type {' + '.join(names)} does not read it. Remove it (or say null), "
+                    f"or choose a loss that does: {readers}"
+                )
+        mixup = filled.get("ref_model_mixup_alpha")
+        if filled.get("reference") == "ema":
+            filled["ref_model_mixup_alpha"] = MIXUP_ALPHA if mixup is None else mixup
+        elif mixup is not None:
+            raise ValueError(f"ref_model_mixup_alpha is {mixup}, which reference: ema alone reads. Remove it")
+        return filled
+
     @model_validator(mode="after")
     def _consistent(self) -> "TrainRecipe":
         for steps in self.max_steps if isinstance(self.max_steps, list) else [self.max_steps]:
@@ -80,7 +159,21 @@ class TrainRecipe(Section):
         check_schedule(self.lr_scheduler_type, self.lr_scheduler_kwargs, rates=rates, warmup=warmup)
         if self.optim == "rmsprop" and (self.adam_beta1, self.adam_beta2) != (0.9, 0.999):
             raise ValueError("adam_beta1 and adam_beta2 do nothing with optim rmsprop: drop them")
-        num_losses = len(self.loss_type) if isinstance(self.loss_type, list) else 1
-        if self.loss_weights is not None and len(self.loss_weights) != num_losses:
-            raise ValueError(f"loss_weights has {len(self.loss_weights)} values for {num_losses} losses")
+        if len(set(self.losses)) != len(self.losses):
+            raise ValueError(
+                f"loss_type names a loss twice: {', '.join(self.losses)}. Give it one weight in loss_weights"
+            )
+        if self.loss_weights is not None and len(self.loss_weights) != len(self.losses):
+            raise ValueError(f"loss_weights has {len(self.loss_weights)} values for {len(self.losses)} losses")
+        if self.reference is not None and not self.reference.strip():
+            raise ValueError("reference is prior, initial, ema or a model, not an empty text")
+        if self.reference == "ema" and self.lora is not None:
+            raise ValueError(
+                "reference: ema mixes full weights, and lora trains an adapter. Say prior or initial, or no lora"
+            )
+        if self.reference_logps == "engine" and self.reference != "prior":
+            raise ValueError(
+                f"reference_logps: engine takes the logps of the policy that sampled, but reference is {self.reference}. "
+                "Say reference: prior, or reference_logps: trainer"
+            )
         return self

@@ -128,15 +128,14 @@ def train_job(round: Round) -> TrainJob:
     settings = settings_at(recipe, round.index, bf16=bool(recipe.bf16))
     carried = recipe.optimizer_state == "carried"
     first_step, total_steps = schedule_span(recipe, round.index, rounds=round.run.recipe.rounds)
-    # before the first step of round 0 the initial policy is the prior one
-    other = recipe.reference == "initial" and round.index > 0
     return TrainJob(
         policy=str(round.start),
         pairs=str(round.folder / "pairs.jsonl"),
         out=str(round.folder),
         settings=settings,
         seed=round.seed("train"),
-        reference=str(round.run.initial) if other else None,
+        reference=other_reference(round),
+        ref_model_mixup_alpha=recipe.ref_model_mixup_alpha if round.index else None,
         groups=tuple(str(path) for path in shards(round.folder / "groups")),
         optimizer_state=str(before.folder / "train" / "optimizer.safetensors") if carried and round.index else None,
         keep_optimizer_state=carried,
@@ -197,11 +196,23 @@ def finish_round(round: Round) -> None:
     metrics.write_metrics(round.run.folder)
 
 
-def training_reference(round: Round) -> dict[str, str]:
-    """Whose weights were the reference."""
+def other_reference(round: Round) -> str | None:
+    """The reference that the trainer must load; None where it is the policy that the round starts from, or is not read. Of
+    an ema it is that of the round before, which the trainer mixes with the policy.
+    """
     kind = round.run.recipe.train.reference
-    weights = round.run.initial if kind == "initial" else round.start
-    return {"kind": kind, "weights": store.weights_digest(weights)}
+    at = round.run.round(round.index - 1) if kind == "ema" and round.index else round
+    return None if at.reference in (None, round.start) else str(at.reference)
+
+
+def training_reference(round: Round) -> dict[str, Any] | None:
+    """Whose weights were the reference, and who computed its logps; None where no loss reads one."""
+    train = round.run.recipe.train
+    if round.reference is None:
+        return None
+    mixup = {"ref_model_mixup_alpha": train.ref_model_mixup_alpha} if train.reference == "ema" else {}
+    weights = store.weights_digest(round.reference)
+    return {"kind": train.reference, "weights": weights, "logps": train.reference_logps, **mixup}
 
 
 def iterate(

@@ -31,6 +31,7 @@ class Run:
     folder: Path
     recipe: Recipe  # with every auto resolved
     initial: Path
+    reference: Path | None  # the model that train.reference names, where it names one
     chat: Chat
     pool: PromptPool
     judge: Judge | None
@@ -76,6 +77,18 @@ class Round:
         pairs = store.read_records(self.folder / "pairs.jsonl", PreferencePair)
         return [pair for pair in pairs if pair.origin_round == self.index]
 
+    @property
+    def reference(self) -> Path | None:
+        """Whose weights are the round's reference; None where no loss reads one. An ema lies in the round's own folder from
+        its training on; before the first step of round 0 the initial policy is every kind.
+        """
+        kind = self.run.recipe.train.reference
+        if kind is None or self.run.reference is not None:
+            return self.run.reference
+        if kind == "prior":
+            return self.start
+        return self.folder / "reference" if kind == "ema" and self.index else self.run.initial
+
     def seed(self, stage: str) -> int:
         return derive_seed(self.run.recipe.seed, self.index, stage)
 
@@ -101,9 +114,13 @@ def start_run(recipe: Recipe, folder: Path, *, own: OwnParts, allow_code: bool, 
     if judge is None and selector is None:
         recipe.check_judged()
     require_optimizer(recipe.train)
+    if selector is None:
+        recipe.check_win_rates()
     recipe = _same_recipe(recipe, folder)
     initial = local_model(recipe.model)
     check_lora(initial, recipe.train.lora)
+    named = recipe.train.reference_path
+    reference = local_model(named) if named is not None else None
     chat = load_chat(str(initial), recipe.chat)
     pool = load_pool(recipe.prompts, seed=recipe.seed, chat=chat)
     for reason, count in Counter(drop.reason for drop in pool.drops).items():
@@ -132,12 +149,14 @@ def start_run(recipe: Recipe, folder: Path, *, own: OwnParts, allow_code: bool, 
         "selector": type(selector).__name__ if selector is not None else None,
         "filters": [one.name for one in filters or ()] + [one.identity for one in programs.values()] or None,
     }
+    if reference is not None:
+        identity["reference"] = store.weights_digest(reference)
     _same_identity(identity, folder)
     if not (folder / "recipe.yaml").exists() or _read_recipe(folder).rounds != recipe.rounds:
         store.rewrite(folder / "recipe.yaml", dump_recipe(recipe).encode())
     heldout = pool.heldout[: recipe.evaluate.num_prompts]
     panel = Panel(recipe, heldout, panel_judge, report)
-    return Run(folder, recipe, initial, chat, pool, judge, selector, filters, programs, panel, report)
+    return Run(folder, recipe, initial, reference, chat, pool, judge, selector, filters, programs, panel, report)
 
 
 def _require_gold(prompts: Sequence[Prompt], kind: str) -> None:
@@ -181,11 +200,16 @@ def _same_recipe(recipe: Recipe, folder: Path) -> Recipe:
             else recipe.train,
         }
     )
-    changed = [
-        d
-        for d in differences(old, new)
-        if not d.startswith(("description:", "model:", "prompts.source:", "prompts.heldout:", "train.save_steps:"))
-    ]
+    elsewhere = [
+        "description:",
+        "model:",
+        "prompts.source:",
+        "prompts.heldout:",
+        "train.save_steps:",
+    ]  # run.json tells the first ones apart by content
+    if old.train.reference_path is not None and new.train.reference_path is not None:
+        elsewhere.append("train.reference:")
+    changed = [d for d in differences(old, new) if not d.startswith(tuple(elsewhere))]
     if [d for d in changed if not d.startswith("rounds:")] or new.rounds < old.rounds:
         raise RecipeError(
             f"{folder} holds a run of another recipe; only more `rounds` may be asked of it. Take a new --out, or undo:\n  "

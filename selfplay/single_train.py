@@ -1,6 +1,7 @@
-"""DPO on its own: one training job over our pairs or over any preference data set."""
+"""Training on its own: one job over our pairs, over any preference data set, or over single completions (SFT)."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,18 +11,20 @@ from selfplay.adapters import check_lora
 from selfplay.chat import Chat
 from selfplay.errors import DataError, RecipeError
 from selfplay.models import load_chat, local_model, resolve_auto
-from selfplay.preferences import holds_our_pairs, read_preferences
+from selfplay.preferences import holds_preferences, our_records, read_demonstrations, read_preferences
 from selfplay.progress import Reporter
 from selfplay.recipe import Recipe
+from selfplay.recipe_train import reads
 from selfplay.single import claimed, read_shards
 from selfplay.train.settings import TrainJob, require_optimizer, schedule_span, settings_at
-from selfplay.types import Drop, PreferencePair, derive_seed
+from selfplay.types import Demonstration, Drop, PreferencePair, derive_seed
 
 
 @dataclass(frozen=True, slots=True)
 class TrainInputs:
     """What is trained on what. `preferences` is a pairs.jsonl, another file, or a data set id with its `name` and `split`.
 
+    `reference` stands in for what the recipe says; in a later round of an ema it is the reference of the round before.
     `groups` are what the model sampled: with them the engine's logps are checked against the trainer's.
     `optimizer_state` is the train/optimizer.safetensors of the round before, where a recipe carries it on.
     """
@@ -51,14 +54,20 @@ def train(recipe: Recipe, inputs: TrainInputs, out: Path, report: Reporter) -> d
         else:
             from selfplay.train.launch import launch
 
-            launch(replace(job, pairs=str(_our_pairs(recipe, inputs, chat, out, report))), report)
+            launch(replace(job, pairs=str(_our_rows(recipe, inputs, chat, out, report))), report)
         result: dict[str, Any] = store.read_json(out / "train" / "result.json")
     return result
 
 
 def _check_inputs(recipe: Recipe, inputs: TrainInputs) -> None:
-    if inputs.round and recipe.train.reference == "initial" and inputs.reference is None:
-        raise RecipeError("train.reference is the initial policy: name it with --reference")
+    train = recipe.train
+    if inputs.round and inputs.reference is None and train.reference in ("initial", "ema"):
+        whose = "the initial policy" if train.reference == "initial" else "mixed from that of the round before"
+        raise RecipeError(f"train.reference is {whose}: name it with --reference")
+    if train.reference is None and inputs.reference is not None:
+        raise RecipeError(f"--reference is given, but train.loss_type {' + '.join(train.losses)} reads no reference")
+    if train.reference_logps == "engine" and inputs.groups is None:
+        raise RecipeError("train.reference_logps is engine: name what the model sampled with --groups")
     if inputs.round and recipe.train.optimizer_state == "carried" and inputs.optimizer_state is None:
         raise RecipeError("train.optimizer_state is carried: name the file of the round before with --optimizer-state")
     if inputs.optimizer_state is not None and not inputs.optimizer_state.is_file():
@@ -76,7 +85,8 @@ def make_job(recipe: Recipe, inputs: TrainInputs, folder: Path, out: Path, chat:
         out=str(out),
         settings=settings_at(train, round, bf16=bool(train.bf16)),
         seed=derive_seed(recipe.seed, round, "train"),
-        reference=_reference(inputs, folder),
+        reference=_reference(recipe, inputs, folder),
+        ref_model_mixup_alpha=train.ref_model_mixup_alpha if round else None,
         groups=tuple(str(path) for path in read_shards(inputs.groups)) if inputs.groups is not None else (),
         optimizer_state=str(inputs.optimizer_state) if carried and inputs.optimizer_state is not None else None,
         keep_optimizer_state=carried,
@@ -86,12 +96,19 @@ def make_job(recipe: Recipe, inputs: TrainInputs, folder: Path, out: Path, chat:
     )
 
 
-def _reference(inputs: TrainInputs, folder: Path) -> str | None:
+def _reference(recipe: Recipe, inputs: TrainInputs, folder: Path) -> str | None:
     """None where the reference is the model itself: one copy of the weights then serves twice."""
-    if inputs.reference is None:
+    named = inputs.reference or recipe.train.reference_path
+    if named is None:
         return None
-    other = local_model(inputs.reference)
-    return None if store.weights_digest(other) == store.weights_digest(folder) else str(other)
+    other = local_model(named)
+    if store.weights_digest(other) == store.weights_digest(folder):
+        return None
+    if recipe.train.reference_logps == "engine":
+        raise RecipeError(
+            f"train.reference_logps is engine, but {other} is not the model that sampled. Say reference_logps: trainer"
+        )
+    return str(other)
 
 
 def _identity(job: TrainJob, inputs: TrainInputs) -> dict[str, Any]:
@@ -101,6 +118,8 @@ def _identity(job: TrainJob, inputs: TrainInputs) -> dict[str, Any]:
         "stage": "train",
         "model": store.weights_digest(Path(job.policy)),
         "reference": store.weights_digest(Path(job.reference)) if job.reference is not None else None,
+        "ref_model_mixup_alpha": job.ref_model_mixup_alpha,
+        "groups": [store.file_digest(Path(path)) for path in job.groups] if reads_groups(job) else None,
         "pairs": store.file_digest(source) if source.is_file() else [str(source), inputs.name, inputs.split],
         "settings": {key: value for key, value in asdict(job.settings).items() if key != "save_steps"},
         "seed": job.seed,
@@ -110,10 +129,28 @@ def _identity(job: TrainJob, inputs: TrainInputs) -> dict[str, Any]:
     }
 
 
-def _our_pairs(recipe: Recipe, inputs: TrainInputs, chat: Chat, out: Path, report: Reporter) -> Path:
-    """The pairs file itself where it is ours; else what its rows became, in `out`, with drops.jsonl beside it."""
-    if holds_our_pairs(inputs.preferences):
-        return Path(inputs.preferences)
+def reads_groups(job: TrainJob) -> bool:
+    """Whether groups decide what is trained; else they are for the audit."""
+    return job.settings.reference_logps == "engine"
+
+
+def _our_rows(recipe: Recipe, inputs: TrainInputs, chat: Chat, out: Path, report: Reporter) -> Path:
+    """The file itself where its records are ours; else what its rows became, in `out`, with drops.jsonl beside it."""
+    source = inputs.preferences
+    if our_records(source) is not None:
+        return Path(source)
+    with_rejected = "rejected" in reads(recipe.train.losses)
+    if with_rejected or holds_preferences(source, name=inputs.name, split=inputs.split):
+        return _pairs_of(recipe, inputs, chat, out, report)
+    prompts = recipe.prompts.model_copy(update={"name": inputs.name, "split": inputs.split})
+    found = read_demonstrations(source, chat, prompts)
+    report.note(f"demonstrations: {len(found.rows)} rows (form: {found.form})")
+    _write_drops(found.drops, out, report)
+    store.write_records(out / "demonstrations.jsonl", found.rows, Demonstration)
+    return out / "demonstrations.jsonl"
+
+
+def _pairs_of(recipe: Recipe, inputs: TrainInputs, chat: Chat, out: Path, report: Reporter) -> Path:
     found = read_preferences(
         inputs.preferences,
         chat,
@@ -124,8 +161,12 @@ def _our_pairs(recipe: Recipe, inputs: TrainInputs, chat: Chat, out: Path, repor
         max_prompt_length=recipe.prompts.max_prompt_length,
     )
     report.note(f"preferences: {len(found.pairs)} pairs (form: {found.form})")
-    for reason, count in Counter(drop.reason for drop in found.drops).items():
-        report.note(f"preferences: {count} rows dropped: {reason}")
-    store.write_records(out / "drops.jsonl", found.drops, Drop)
+    _write_drops(found.drops, out, report)
     store.write_records(out / "pairs.jsonl", found.pairs, PreferencePair)
     return out / "pairs.jsonl"
+
+
+def _write_drops(drops: Sequence[Drop], out: Path, report: Reporter) -> None:
+    for reason, count in Counter(drop.reason for drop in drops).items():
+        report.note(f"rows: {count} dropped: {reason}")
+    store.write_records(out / "drops.jsonl", drops, Drop)

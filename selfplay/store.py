@@ -20,14 +20,14 @@ from pydantic import TypeAdapter, ValidationError
 from selfplay import faults
 from selfplay.adapters import base_folder, is_adapter
 from selfplay.errors import LockedError, StorageError
-from selfplay.types import Drop, Group, Judgement, PreferencePair, Prompt
+from selfplay.types import Demonstration, Drop, Group, Judgement, PreferencePair, Prompt
 
 R = TypeVar("R")
 TEMPORARY = ".unfinished"
 
 
 _ADAPTERS: dict[Any, TypeAdapter[Any]] = {
-    kind: TypeAdapter(kind) for kind in (Drop, Group, Judgement, PreferencePair, Prompt)
+    kind: TypeAdapter(kind) for kind in (Demonstration, Drop, Group, Judgement, PreferencePair, Prompt)
 }
 
 

@@ -115,6 +115,33 @@ class PreferencePair:
             return None
         return self.chosen_score - self.rejected_score
 
+    @property
+    def completions(self) -> tuple[tuple[int, ...], ...]:
+        """Token ids of what is trained on: chosen, rejected."""
+        return self.chosen_token_ids, self.rejected_token_ids
+
+
+@dataclass(frozen=True, slots=True)
+class Demonstration:
+    """A completion to imitate, with none beside it: what the loss `sft` trains on. `prompt` and `completion` are message
+    lists: the Hub's conversational prompt-completion format.
+    """
+
+    prompt_id: str
+    prompt: tuple[Message, ...]
+    completion: tuple[Message, ...]
+    prompt_token_ids: tuple[int, ...]
+    completion_token_ids: tuple[int, ...]
+    weight: float = 1.0
+
+    @property
+    def completions(self) -> tuple[tuple[int, ...], ...]:
+        """Token ids of what is trained on."""
+        return (self.completion_token_ids,)
+
+
+TrainRow = PreferencePair | Demonstration
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:

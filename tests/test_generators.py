@@ -19,12 +19,12 @@ from selfplay.chat import Chat
 from selfplay.errors import DataError, GeneratorError, RecipeError
 from selfplay.generators import environment
 from selfplay.generators.engine import EngineSettings, Request, Result
-from selfplay.generators.environment import child_environment
+from selfplay.generators.environment import child_environment, cpu_computes_bf16
 from selfplay.generators.generator import EngineGenerator
 from selfplay.generators.isolated import EngineDiedError, IsolatedEngine
 from selfplay.generators.sampling import Sampler
 from selfplay.generators.scripted import ScriptedGenerator
-from selfplay.generators.transformers import TransformersEngine, _cpu_computes_bf16, _StopStrings
+from selfplay.generators.transformers import TransformersEngine, _StopStrings
 from selfplay.protocols import Generator
 from selfplay.types import Message, Prompt, Sampling, derive_seed, prompt_id
 
@@ -238,7 +238,7 @@ def test_score_labels_are_exact_logps(generator: EngineGenerator, hf: "torch.nn.
 
 
 def test_bfloat16_is_what_auto_takes_for_a_float32_policy(settings: EngineSettings) -> None:
-    if not _cpu_computes_bf16():
+    if not cpu_computes_bf16():
         pytest.skip("this processor has no bfloat16")
     engine = TransformersEngine(replace(settings, dtype="auto"))
     assert {p.dtype for p in engine._model.parameters()} == {torch.bfloat16}

@@ -49,6 +49,7 @@ def test_every_pair_is_in_one_pack_with_its_own_tokens(pairs: list[PreferencePai
     assert sorted(i for pack in packs for i in pack.pair_B) == list(range(len(pairs)))
     for pack in packs:
         held = sequences(pack)
+        assert pack.rejected_B is not None
         assert sorted(held) == list(range(pack.num_sequences))
         for place, index in enumerate(pack.pair_B):
             pair = pairs[index]

@@ -81,6 +81,52 @@ def test_an_initial_reference_stays_the_model(tiny: Path, tmp_path: Path) -> Non
     assert [r.reference for r in rounds] == [str(tiny)] * 2
 
 
+@pytest.mark.parametrize(
+    ("train", "wanted"),
+    [
+        ({}, ["{model}; logps by the trainer", "the policy of round 0; logps by the trainer"]),
+        ({"reference": "{other}"}, ["{other}; logps by the trainer"] * 2),
+        (
+            {"reference": "ema", "ref_model_mixup_alpha": 0.25},
+            ["{model}; logps by the trainer", "0.25 x the policy of round 0 + 0.75 x {model}; logps by the trainer"],
+        ),
+        ({"loss_type": "simpo"}, ["none: loss_type simpo reads no reference"] * 2),
+    ],
+    ids=["prior", "path", "ema", "none"],
+)
+def test_the_reference_of_every_round_is_printed(
+    train: dict[str, Any], wanted: list[str], tiny: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    other.symlink_to(tiny)
+    names = {"model": str(tiny), "other": str(other)}
+    told = {key: value.format(**names) if isinstance(value, str) else value for key, value in train.items()}
+    text = printed(make_plan(recipe_of(tmp_path, tiny, train=told), tmp_path / "run"))
+    found = [line.removeprefix("  reference  ") for line in text.splitlines() if line.startswith("  reference  ")]
+    assert found == [line.format(**names) for line in wanted]
+
+
+def test_a_reference_that_is_not_there_is_found_before_any_work(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such folder"):
+        make_plan(recipe_of(tmp_path, tiny, train={"reference": str(tmp_path / "none")}), tmp_path / "run")
+
+
+def test_an_ema_of_the_reference_takes_disk_from_round_1_on(tiny: Path, tmp_path: Path) -> None:
+    plain, ema = (
+        make_plan(recipe_of(tmp_path, tiny, train=train), tmp_path / "run").bytes_needed
+        for train in ({}, {"reference": "ema"})
+    )
+    assert plain is not None
+    assert ema is not None
+    assert ema - plain == 4 * num_parameters(tiny)
+
+
+def test_losses_are_printed_with_their_weights_and_numbers(tiny: Path, tmp_path: Path) -> None:
+    train = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5], "label_smoothing": 0.1}
+    text = printed(make_plan(recipe_of(tmp_path, tiny, train=train), tmp_path / "run"))
+    assert "loss sigmoid + 0.5 x sft, beta 0.1, label_smoothing 0.1, batch_size 4" in text
+
+
 def test_the_panels_of_all_policies_are_counted(tiny: Path, tmp_path: Path) -> None:
     plan = make_plan(recipe_of(tmp_path, tiny, evaluate={"num_completions_between": 1}), tmp_path / "run")
     # 4 held-out prompts; 3 completions for the first and the last policy, 1 between, a greedy one each

@@ -9,8 +9,9 @@ from tiny import END
 
 from selfplay.chat import Chat
 from selfplay.errors import DataError
-from selfplay.preferences import Preferences, holds_our_pairs, read_preferences
-from selfplay.types import Message, PreferencePair, Prompt, prompt_id
+from selfplay.preferences import Preferences, holds_preferences, our_records, read_demonstrations, read_preferences
+from selfplay.recipe import PromptsRecipe
+from selfplay.types import Demonstration, Message, PreferencePair, Prompt, prompt_id
 
 HI = {"role": "user", "content": "Say hi."}
 GOOD = {"role": "assistant", "content": "Hi there!"}
@@ -150,10 +151,92 @@ def test_no_pair_at_all_is_an_error_that_names_a_reason(chat: Chat, tmp_path: Pa
         read(tmp_path, chat, {"prompt": "a", "chosen": "", "rejected": "b"})
 
 
-def test_our_own_pairs_are_told_from_others_by_their_token_ids(tmp_path: Path) -> None:
+def test_our_own_records_are_told_from_others_by_their_token_ids(tmp_path: Path) -> None:
     ours, theirs = tmp_path / "pairs.jsonl", tmp_path / "theirs.jsonl"
     ours.write_text(json.dumps({"prompt_token_ids": [1], "chosen_token_ids": [2], "rejected_token_ids": [3]}) + "\n")
     theirs.write_text(json.dumps(USUAL) + "\n")
-    assert holds_our_pairs(str(ours))
-    assert not holds_our_pairs(str(theirs))
-    assert not holds_our_pairs("some/dataset")
+    single = tmp_path / "demonstrations.jsonl"
+    single.write_text(json.dumps({"prompt_token_ids": [1], "completion_token_ids": [2]}) + "\n")
+    assert our_records(str(ours)) is PreferencePair
+    assert our_records(str(single)) is Demonstration
+    assert our_records(str(theirs)) is None
+    assert our_records("some/dataset") is None
+
+
+# --- demonstrations ---------------------------------------------------------------------------------------------
+
+
+def prompts_of(**changes: Any) -> PromptsRecipe:
+    return PromptsRecipe.model_validate({"source": "-", "deal": "same", **changes})
+
+
+def write(folder: Path, *rows: dict[str, Any]) -> str:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+SINGLE = [
+    pytest.param({"messages": [HI, GOOD]}, id="messages"),
+    pytest.param({"prompt": "Say hi.", "completion": "Hi there!"}, id="prompt and completion"),
+    pytest.param({"prompt": [HI], "completion": [GOOD]}, id="prompt and completion as messages"),
+    pytest.param(
+        {"conversations": [{"from": "human", "value": "Say hi."}, {"from": "gpt", "value": "Hi there!"}]}, id="sharegpt"
+    ),
+    pytest.param({"instruction": "Say hi.", "input": "", "output": "Hi there!"}, id="alpaca"),
+]
+
+
+@pytest.mark.parametrize("row", SINGLE)
+def test_every_form_with_one_completion_gives_the_same_demonstration(
+    row: dict[str, Any], chat: Chat, tmp_path: Path
+) -> None:
+    source = write(tmp_path, row)
+    assert not holds_preferences(source)
+    found = read_demonstrations(source, chat, prompts_of())
+    pair = only(tmp_path, chat, {"prompt": "Say hi.", "chosen": "Hi there!", "rejected": "No."})
+    assert found.rows == (
+        Demonstration(pair.prompt_id, pair.prompt, pair.chosen, pair.prompt_token_ids, pair.chosen_token_ids),
+    )
+
+
+def test_rows_without_a_completion_or_with_a_long_prompt_are_dropped_and_equal_rows_are_kept(
+    chat: Chat, tmp_path: Path
+) -> None:
+    rows = (
+        {"messages": [HI, GOOD]},
+        {"messages": [HI]},
+        {"messages": [HI, {"role": "assistant", "content": " "}]},
+        {"messages": [{"role": "user", "content": "x" * 300}, GOOD]},
+        {"messages": [HI, GOOD]},
+    )
+    found = read_demonstrations(write(tmp_path, *rows), chat, prompts_of(max_prompt_length=200))
+    assert len(found.rows) == 2
+    assert [drop.reason for drop in found.drops] == [
+        "no completion to imitate",
+        "no completion to imitate",
+        "prompt longer than max_prompt_length",
+    ]
+    assert [drop.id[-1] for drop in found.drops] == ["2", "3", "4"]
+    with pytest.raises(DataError, match="none of 1 rows gives a demonstration"):
+        read_demonstrations(write(tmp_path, {"messages": [HI]}), chat, prompts_of())
+
+
+def test_the_recipe_says_which_turn_is_trained_on_and_its_columns_may_be_missing(chat: Chat, tmp_path: Path) -> None:
+    second = {"role": "user", "content": "Again."}
+    source = write(tmp_path, {"messages": [HI, GOOD, second, BAD]})
+    first = read_demonstrations(source, chat, prompts_of(turns="first", prompt_column="question")).rows[0]
+    last = read_demonstrations(source, chat, prompts_of(turns="last", system_prompt="Be kind.")).rows[0]
+    assert (first.prompt, first.completion[0].content) == ((Message("user", "Say hi."),), "Hi there!")
+    assert [message.role for message in last.prompt] == ["system", "user", "assistant", "user"]
+    assert last.completion[0].content == "No."
+
+
+def test_a_demonstration_that_the_template_can_t_carry_is_an_error_with_its_line(tiny: Path, tmp_path: Path) -> None:
+    thinking = (
+        "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>think{% endif %}"
+    )
+    chat = Chat.load(str(tiny), chat_template=thinking)
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: .*no token prefix"):
+        read_demonstrations(write(tmp_path, {"messages": [HI, GOOD]}), chat, prompts_of())

@@ -1,8 +1,10 @@
 """Whole runs on a model of 100,000 parameters: what a round is made of, and that stopping one anywhere loses nothing."""
 
+import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +19,7 @@ from tiny import make_tiny_model
 
 import selfplay
 from selfplay import store
-from selfplay.errors import LockedError, NoPairsError, RecipeError, StorageError, UnparsedGateError
+from selfplay.errors import DataError, LockedError, NoPairsError, RecipeError, StorageError, UnparsedGateError
 from selfplay.recipe_file import check_recipe
 from selfplay.rounds import iterate
 from selfplay.types import Completion, Group, PreferencePair, Prompt
@@ -319,6 +321,104 @@ def test_reference_initial_keeps_the_first_weights_as_reference(rig: dict[str, A
     assert rounds[1]["reference"]["weights"] == rounds[0]["init"] != rounds[1]["init"]
     first = store.read_json_lines(out / "round-001" / "train" / "steps.jsonl")[0]
     assert abs(first["rewards/chosen"]) > 1e-4  # the policy has left the reference already
+
+
+def references(out: Path) -> list[Any]:
+    """What round.json says of the reference, a round each."""
+    return [store.read_json(path)["reference"] for path in sorted(out.glob("round-*/round.json"))]
+
+
+def test_a_reference_by_path_stays_the_same_in_every_round_and_may_lie_elsewhere(
+    rig: dict[str, Any], undisturbed: Path, tmp_path: Path
+) -> None:
+    copies = [tmp_path / name for name in ("one", "two")]
+    for copy in copies:
+        shutil.copytree(undisturbed / "round-001" / "policy", copy)
+    out = tmp_path / "run"
+    play(changed(rig, rounds=1, train={"reference": str(copies[0])}), out)
+    play(changed(rig, train={"reference": str(copies[1])}), out)
+    wanted = {"kind": str(copies[0]), "weights": store.weights_digest(copies[0]), "logps": "trainer"}
+    assert references(out) == [wanted, {**wanted, "kind": str(copies[1])}]
+    other = undisturbed / "round-000" / "policy"
+    with pytest.raises(RecipeError, match="started with another reference"):
+        play(changed(rig, train={"reference": str(other)}), out)
+    with pytest.raises(RecipeError, match=r"train\.reference: .* -> 'prior'"):
+        play(changed(rig), out)
+
+
+def test_an_ema_of_the_reference_is_mixed_once_a_round_and_kept(rig: dict[str, Any], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    play(changed(rig, rounds=3, train={"reference": "ema", "ref_model_mixup_alpha": 0.3}), out)
+    found = references(out)
+    assert not (out / "round-000" / "reference").exists()
+    folders = [Path(rig["model"]), out / "round-001" / "reference", out / "round-002" / "reference"]
+    assert [entry["weights"] for entry in found] == [store.weights_digest(folder) for folder in folders]
+    assert {(entry["kind"], entry["ref_model_mixup_alpha"]) for entry in found} == {("ema", 0.3)}
+    before = load_file(folders[0] / "model.safetensors")
+    for r in (1, 2):
+        policy = load_file(out / f"round-00{r - 1}" / "policy" / "model.safetensors")
+        mixed = load_file(folders[r] / "model.safetensors")
+        for name in mixed:
+            assert torch.allclose(mixed[name], 0.3 * policy[name] + 0.7 * before[name], atol=1e-6)
+        before = mixed
+
+
+def test_a_run_killed_beside_its_ema_ends_as_an_undisturbed_one(rig: dict[str, Any], tmp_path: Path) -> None:
+    recipe, runs = changed(rig, train={"reference": "ema"}), (tmp_path / "whole", tmp_path / "killed")
+    play(recipe, runs[0])
+    point = runs[1] / "round-001" / "reference"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        commits(monkeypatch, lambda path: path == point, before=False)
+        with pytest.raises(KilledError):
+            play(recipe, runs[1])
+    play(recipe, runs[1])
+    assert digests(runs[1]) == digests(runs[0])
+
+
+def test_the_engine_s_logps_can_be_the_reference_s(rig: dict[str, Any], undisturbed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    play(changed(rig, train={"reference_logps": "engine"}), out)
+    assert [entry["logps"] for entry in references(out)] == ["engine", "engine"]
+    ours, theirs = (load_file(run / "round-000" / "reference.safetensors") for run in (out, undisturbed))
+    assert not torch.equal(ours["chosen"], theirs["chosen"])  # of another program
+    assert torch.allclose(ours["chosen"], theirs["chosen"], atol=1e-3)
+    for r in (0, 1):
+        first = store.read_json_lines(out / f"round-00{r}" / "train" / "steps.jsonl")[0]
+        assert 0 < first["audit/zero_logratio"] < 1e-3
+
+
+@pytest.mark.parametrize("loss_type", ["sft", "simpo"])
+def test_rounds_without_a_reference_have_none(loss_type: str, rig: dict[str, Any], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    found = play(changed(rig, train={"loss_type": loss_type}), out)
+    assert references(out) == [None, None]
+    assert not list(out.glob("round-*/reference*"))
+    assert [row["state"] for row in found["rounds"]] == ["done", "done"]
+    assert (found["rounds"][1]["train"]["rewards/accuracies"] is None) == (loss_type == "sft")
+    digests_of = [store.read_json(out / f"round-00{r}" / "round.json")["policy"] for r in (0, 1)]
+    assert len({*digests_of, store.weights_digest(Path(rig["model"]))}) == 3
+
+
+class Rated(AnyPair):
+    """The same pairs with win rates."""
+
+    def select(self, group: Group, judgement: Any) -> list[PreferencePair]:
+        return [
+            dataclasses.replace(pair, chosen_win_rate=0.75, rejected_win_rate=0.5)
+            for pair in super().select(group, judgement)
+        ]
+
+
+def test_sppo_takes_the_win_rates_of_the_selector_s_pairs(rig: dict[str, Any], tmp_path: Path) -> None:
+    recipe = changed(rig, rounds=1, train={"loss_type": "sppo", "beta": 0.1})
+    iterate(recipe, tmp_path / "run", judge=length, selector=Rated())
+    first = store.read_json_lines(tmp_path / "run/round-000/train/steps.jsonl")[0]
+    assert first["loss"] == pytest.approx(2.5**2, rel=1e-4)
+    with pytest.raises(DataError, match="has no win rates"):
+        iterate(recipe, tmp_path / "other", judge=length, selector=AnyPair())
+    with pytest.raises(RecipeError, match="sppo reads win rates"):
+        iterate(recipe, tmp_path / "third", judge=length)
+    assert not (tmp_path / "third" / "initial").exists()
 
 
 def test_the_schedule_and_the_optimizer_can_span_the_run(rig: dict[str, Any], tmp_path: Path) -> None:

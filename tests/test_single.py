@@ -9,7 +9,7 @@ from scripted_run import ok, write_recipe
 
 from selfplay import store
 from selfplay.cli import main
-from selfplay.types import PreferencePair
+from selfplay.types import Demonstration, PreferencePair
 
 
 @pytest.fixture(scope="module")
@@ -171,9 +171,67 @@ def test_train_takes_any_preference_data(
     ok("train", recipe, "--model", tiny, "--pairs", data, "--out", tmp_path / "out")
     said = capsys.readouterr()
     assert "6 pairs (0 over max_length left out), 2 steps, loss 0.6931" in said.out
-    assert "1 rows dropped: chosen equals rejected" in said.err
+    assert "rows: 1 dropped: chosen equals rejected" in said.err
     assert len(store.read_records(tmp_path / "out" / "pairs.jsonl", PreferencePair)) == 6
     assert store.weights_digest(tmp_path / "out" / "policy") != store.weights_digest(tiny)
+
+
+def test_train_on_messages_is_sft(recipe: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answers = [{"role": "assistant", "content": "It is 3."}]
+    rows = [[{"role": "user", "content": f"Add {n}."}, *answers[: n > 0]] for n in range(5)]
+    data, out = tmp_path / "data.jsonl", tmp_path / "out"
+    data.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    arguments = ["train", str(recipe), "--model", str(tiny), "--pairs", str(data), "--out", str(out)]
+    assert main(arguments) == 65
+    assert "train.loss_type: sft" in capsys.readouterr().err
+    out = tmp_path / "sft"
+    arguments = [*arguments[:-1], str(out), "--set", "train.loss_type=sft", "--set", "train.batch_size=1"]
+    assert main(arguments) == 0
+    said = capsys.readouterr()
+    assert "4 completions (0 over max_length left out), 4 steps" in said.out
+    assert "accuracy" not in said.out
+    assert "rows: 1 dropped: no completion to imitate" in said.err
+    assert len(store.read_records(out / "demonstrations.jsonl", Demonstration)) == 4
+    assert not (out / "reference.safetensors").exists()
+    losses = [row["loss"] for row in store.read_json_lines(out / "train" / "steps.jsonl")]
+    assert losses[-1] < losses[0]
+
+
+def test_train_with_sft_takes_the_chosen_completions_of_preference_rows(
+    run: Path, recipe: Path, tiny: Path, tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"Add {n}.", "chosen": f"It is {n}.", "rejected": "No."} for n in range(4)]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ok("train", recipe, "--model", tiny, "--pairs", data, "--out", tmp_path / "out", "--set", "train.loss_type=sft")
+    assert len(store.read_records(tmp_path / "out" / "pairs.jsonl", PreferencePair)) == 4
+    assert "rewards/chosen" not in store.read_json_lines(tmp_path / "out" / "train" / "steps.jsonl")[0]
+
+
+@pytest.mark.parametrize(
+    ("sets", "arguments", "said"),
+    [
+        (["reference=initial"], ["--round", "1"], "the initial policy: name it with --reference"),
+        (["reference=ema"], ["--round", "1"], "mixed from that of the round before: name it with --reference"),
+        (["loss_type=simpo"], ["--reference", "MODEL"], "loss_type simpo reads no reference"),
+        (["reference_logps=engine"], [], "name what the model sampled with --groups"),
+    ],
+    ids=["initial", "ema", "free", "engine"],
+)
+def test_a_reference_that_train_can_t_know_is_asked_for(
+    sets: list[str],
+    arguments: list[str],
+    said: str,
+    run: Path,
+    tiny: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = write_recipe(tmp_path, tiny, generator={"kind": "transformers"})
+    called = ["train", str(path), "--model", str(tiny), "--pairs", str(run / "round-000" / "pairs.jsonl")]
+    called += ["--out", str(tmp_path / "out"), *(word.replace("MODEL", str(tiny)) for word in arguments)]
+    assert main([*called, *(word for text in sets for word in ("--set", f"train.{text}"))]) == 64
+    assert said in capsys.readouterr().err
 
 
 def test_train_takes_another_reference(run: Path, recipe: Path, tiny: Path, tmp_path: Path) -> None:

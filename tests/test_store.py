@@ -92,13 +92,13 @@ def write_tensors(path: Path) -> None:
 
     from selfplay.train.reference import ReferenceLogps
 
-    ReferenceLogps(torch.arange(3.0), torch.arange(3.0)).save(path)
+    ReferenceLogps(torch.arange(3.0), torch.arange(3.0)).save(path, {"weights": "w"})
 
 
 def read_tensors(path: Path) -> object:
     from selfplay.train.reference import ReferenceLogps
 
-    return ReferenceLogps.load(path)
+    return ReferenceLogps.load(path, {"weights": "w"})
 
 
 KINDS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object]]] = {

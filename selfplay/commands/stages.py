@@ -84,10 +84,17 @@ def train_command(
     recipe: RecipeFile,
     model: Model,
     pairs: Annotated[
-        str, typer.Option(help="pairs.jsonl, or any preference data: a file or a data set id.", show_default=False)
+        str,
+        typer.Option(
+            help="pairs.jsonl, or any preference data; rows with one completion where loss_type is sft. A file or a "
+            "data set id.",
+            show_default=False,
+        ),
     ],
     out: OutFolder,
-    reference: Annotated[str | None, typer.Option(help="The reference policy. Default: the model.")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="The reference policy. Default: what train.reference says.")
+    ] = None,
     groups: Annotated[Path | None, typer.Option(help="What the model sampled, to check its engine.")] = None,
     optimizer_state: Annotated[Path | None, typer.Option(help="train/optimizer.safetensors to carry on.")] = None,
     round: RoundIndex = 0,
@@ -95,16 +102,18 @@ def train_command(
     name: Annotated[str | None, typer.Option(help="The configuration of a data set id.")] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Train with DPO on preference pairs; the policy lies in OUT/policy."""
+    """Train on preference pairs (DPO and others), or on single completions (SFT); the policy lies in OUT/policy."""
     loaded = load_recipe(recipe, overrides or ())
     from selfplay.single_train import TrainInputs, train
 
     inputs = TrainInputs(model, pairs, name, split, reference, groups, optimizer_state, round)
     result = train(loaded, inputs, out, Reporter())
+    accuracy = result["rewards/accuracies"]
     typer.echo(
-        f"{out / 'policy'}: {result['num_pairs']} pairs ({result['num_too_long']} over max_length left out), "
-        f"{result['num_steps']} steps, loss {result['loss_first']:.4f} -> {result['loss_last']:.4f}, "
-        f"accuracy {result['rewards/accuracies']:.3f}"
+        f"{out / 'policy'}: {result['num_pairs']} {'completions' if accuracy is None else 'pairs'} "
+        f"({result['num_too_long']} over max_length left out), {result['num_steps']} steps, "
+        f"loss {result['loss_first']:.4f} -> {result['loss_last']:.4f}"
+        + ("" if accuracy is None else f", accuracy {accuracy:.3f}")
     )
 
 

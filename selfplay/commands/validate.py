@@ -41,7 +41,10 @@ def validate_command(
 def check(recipe: Recipe) -> None:
     """Raises RecipeError or DataError: scores that nobody gives, a file that isn't there, a check that can't be run."""
     recipe.check_judged()
+    recipe.check_win_rates()
     _check_model("model", recipe.model)
+    if recipe.train.reference_path is not None:
+        _check_model("train.reference", recipe.train.reference_path)
     for key, source in (("prompts.source", recipe.prompts.source), ("prompts.heldout", recipe.prompts.heldout)):
         if isinstance(source, str):
             _check_source(key, source)

@@ -68,6 +68,7 @@ class Checkpoints:
         return {
             "policy": store.weights_digest(Path(job.policy)),
             "reference": store.weights_digest(Path(job.reference)) if job.reference is not None else None,
+            "ref_model_mixup_alpha": job.ref_model_mixup_alpha,
             "pairs": store.file_digest(Path(job.pairs)),
             "optimizer_state": store.file_digest(Path(state)) if state is not None else None,
             "schedule": [job.first_step, job.total_steps],

@@ -12,7 +12,7 @@ from selfplay.train.model import can_share_prompts, default_device, load_model
 from selfplay.train.optim import cast_parameters
 from selfplay.train.pack import build_packs
 from selfplay.train.progress import Progress
-from selfplay.train.reference import as_pair
+from selfplay.train.reference import as_demonstration
 from selfplay.types import Group
 
 
@@ -41,11 +41,11 @@ def run_kl(job: KLJob, progress: Progress) -> dict[str, Any]:
     shared, _ = can_share_prompts(model, device)
     cast_parameters(model, torch.bfloat16 if job.bf16 else torch.float32)
     module = TokenLogps(model)
-    pairs = [as_pair(g, c.token_ids) for g, c in sampled]
+    rows = [as_demonstration(g, c.token_ids) for g, c in sampled]
     initial, done = 0.0, 0
-    for pack in build_packs(pairs, range(len(pairs)), max_pack_tokens=job.max_pack_tokens, shared=shared):
+    for pack in build_packs(rows, range(len(rows)), max_pack_tokens=job.max_pack_tokens, shared=shared):
         initial += float(module(pack.to(device)).double().sum())
         done += len(pack.pair_B)
-        progress("kl", done, len(pairs))
+        progress("kl", done, len(rows))
     policy = sum(sum(c.logps) for _, c in sampled)
     return {"kl": (policy - initial) / sum(len(c.logps) for _, c in sampled)}

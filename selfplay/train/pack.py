@@ -2,7 +2,8 @@
 
 A pack holds the prompt once, then every completion that its pairs use, for as many prompts as fit the token cap. Position
 ids restart after the prompt for each completion, and a completion sees its prompt and itself only.
-Shapes: R rows (1 where shared, else one per sequence), T tokens of a row, S sequences, N completion tokens, B pairs.
+Shapes: R rows (1 where shared, else one per sequence), T tokens of a row, S sequences, N completion tokens, B pairs. What
+is said of pairs holds for demonstrations, which have a chosen completion only.
 """
 
 import random
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selfplay.types import PreferencePair, derive_seed
+from selfplay.types import TrainRow, derive_seed
 
 Tokens = tuple[int, ...]
 NO_BRANCH = -1  # branch of prompt tokens: every completion of the prompt sees them
@@ -33,7 +34,7 @@ class Pack:
     sequence_N: Tensor  # which sequence the token belongs to
     num_sequences: int
     chosen_B: Tensor  # sequence of each pair's chosen completion
-    rejected_B: Tensor
+    rejected_B: Tensor | None  # None for demonstrations
     pair_B: tuple[int, ...]  # index of each pair in the round's list
     lengths: tuple[tuple[int, ...], ...]  # of each prompt and its completions, in the row's order; () in plain rows
 
@@ -70,16 +71,14 @@ class _Shared:
 
     prompt: Tokens
     completions: list[Tokens] = field(default_factory=list)
-    pairs: list[tuple[int, int, int]] = field(default_factory=list)  # pair, chosen completion, rejected completion
+    pairs: list[tuple[int, list[int]]] = field(default_factory=list)  # pair, its completions: chosen, rejected
 
-    def missing(self, pair: PreferencePair) -> list[Tokens]:
-        new = dict.fromkeys((pair.chosen_token_ids, pair.rejected_token_ids))
-        return [tokens for tokens in new if tokens not in self.completions]
+    def missing(self, pair: TrainRow) -> list[Tokens]:
+        return [tokens for tokens in dict.fromkeys(pair.completions) if tokens not in self.completions]
 
-    def add(self, index: int, pair: PreferencePair) -> None:
+    def add(self, index: int, pair: TrainRow) -> None:
         self.completions += self.missing(pair)
-        chosen = self.completions.index(pair.chosen_token_ids)
-        self.pairs.append((index, chosen, self.completions.index(pair.rejected_token_ids)))
+        self.pairs.append((index, [self.completions.index(tokens) for tokens in pair.completions]))
 
 
 def _num_tokens(groups: Sequence[_Shared], shared: bool, extra: Sequence[Tokens] = ()) -> int:
@@ -91,9 +90,7 @@ def _num_tokens(groups: Sequence[_Shared], shared: bool, extra: Sequence[Tokens]
     return len(rows) * max(rows)
 
 
-def form_steps(
-    pairs: Sequence[PreferencePair], *, batch_size: int, seed: int, epoch: int, shuffle: bool
-) -> list[list[int]]:
+def form_steps(pairs: Sequence[TrainRow], *, batch_size: int, seed: int, epoch: int, shuffle: bool) -> list[list[int]]:
     """Indices of the pairs of each optimizer step of an epoch.
 
     Shuffled steps take whole prompts, so a step overshoots batch_size by at most one prompt; the order is a function of
@@ -114,9 +111,7 @@ def form_steps(
     return [step for step in steps if step]
 
 
-def build_packs(
-    pairs: Sequence[PreferencePair], indices: Sequence[int], *, max_pack_tokens: int, shared: bool
-) -> list[Pack]:
+def build_packs(pairs: Sequence[TrainRow], indices: Sequence[int], *, max_pack_tokens: int, shared: bool) -> list[Pack]:
     """The packs of some pairs, first fit by falling size. No pair is split; one that is longer than the cap has a pack of
     its own. `shared=False` gives plain padded rows, one per sequence.
     """
@@ -131,7 +126,7 @@ def build_packs(
     return [_tensors(groups, shared) for groups in bins]
 
 
-def _groups(pairs: Sequence[PreferencePair], indices: Sequence[int], cap: int, shared: bool) -> list[_Shared]:
+def _groups(pairs: Sequence[TrainRow], indices: Sequence[int], cap: int, shared: bool) -> list[_Shared]:
     done: list[_Shared] = []
     open_groups: dict[Tokens, _Shared] = {}
     for index in indices:
@@ -147,7 +142,8 @@ def _groups(pairs: Sequence[PreferencePair], indices: Sequence[int], cap: int, s
 def _tensors(groups: list[_Shared], shared: bool) -> Pack:
     rows: list[_Row] = [_Row()] if shared else []
     targets: list[tuple[int, int, int, int]] = []  # row, place, token, sequence
-    chosen, rejected, pair_indices = [], [], []
+    pair_indices: list[int] = []
+    sequences: list[list[int]] = []  # of each pair: chosen, rejected
     sequence = 0
     for segment, group in enumerate(groups):
         first = sequence
@@ -164,15 +160,15 @@ def _tensors(groups: list[_Shared], shared: bool) -> Pack:
             places = [before, *range(start, start + len(completion) - 1)]
             targets += [(len(rows) - 1, p, t, sequence) for p, t in zip(places, completion, strict=True)]
             sequence += 1
-        for index, c, r in group.pairs:
+        for index, completions in group.pairs:
             pair_indices.append(index)
-            chosen.append(first + c)
-            rejected.append(first + r)
+            sequences.append([first + completion for completion in completions])
     width = max(len(row.ids) for row in rows)
     columns = [row.padded(width) for row in rows]
     place_N, token_N, sequence_N = (
         torch.tensor(c) for c in zip(*[(r * width + p, t, s) for r, p, t, s in targets], strict=True)
     )
+    sides = [torch.tensor(side) for side in zip(*sequences, strict=True)]  # no pack mixes pairs and demonstrations
     input_ids, positions, segments, branches = (torch.tensor(column) for column in zip(*columns, strict=True))
     return Pack(
         input_ids_RT=input_ids,
@@ -183,8 +179,8 @@ def _tensors(groups: list[_Shared], shared: bool) -> Pack:
         target_N=token_N,
         sequence_N=sequence_N,
         num_sequences=sequence,
-        chosen_B=torch.tensor(chosen),
-        rejected_B=torch.tensor(rejected),
+        chosen_B=sides[0],
+        rejected_B=sides[1] if len(sides) > 1 else None,
         pair_B=tuple(pair_indices),
         lengths=tuple((len(g.prompt), *map(len, g.completions)) for g in groups) if shared else (),
     )

@@ -1,21 +1,23 @@
 """Log-probabilities of pairs under the reference, and the checks at the start of a round.
 
-Shapes: B pairs, N completion tokens, S sequences.
+Shapes: B pairs, S sequences, N completion tokens.
 """
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from selfplay.errors import AuditError
+from selfplay.errors import AuditError, StorageError
 from selfplay.losses import PairLogps
 from selfplay.store import check_file, write_file
 from selfplay.train.logps import TokenLogps
 from selfplay.train.pack import Pack, build_packs
-from selfplay.types import Group, Message, PreferencePair
+from selfplay.types import Demonstration, Group, Message, TrainRow
 
 NUM_AUDITED = 16
 # mean |log-ratio| per token, nats: 0 where the packs are the same; a resumed round on another machine may differ by rounding
@@ -24,10 +26,15 @@ ZERO_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 @dataclass(frozen=True, slots=True)
 class ReferenceLogps:
-    """Summed logps of every pair, in the order of the pairs file."""
+    """Summed logps of every pair, in the order of the pairs file, fp32 on the CPU.
+
+    `zero_tolerance` is what the log-ratios of the first step may at most be, in nats a token, where the reference is the
+    policy itself; None where it is another.
+    """
 
     chosen_B: Tensor
     rejected_B: Tensor
+    zero_tolerance: float | None = None
 
     def of(self, pack: Pack) -> tuple[Tensor, Tensor]:
         """(chosen, rejected) of a pack's pairs."""
@@ -35,78 +42,71 @@ class ReferenceLogps:
         device = pack.target_N.device
         return self.chosen_B[index_B].to(device), self.rejected_B[index_B].to(device)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, identity: Mapping[str, Any]) -> None:
+        """Writes the logps with what they are of: digests of the reference's weights, of the pairs, and so on."""
         from safetensors.torch import save_file
 
-        write_file(path, lambda temporary: save_file({"chosen": self.chosen_B, "rejected": self.rejected_B}, temporary))
+        tensors = {"chosen": self.chosen_B, "rejected": self.rejected_B}
+        # one key: the order of several is not the same in every process
+        metadata = {"identity": json.dumps(identity, sort_keys=True)}
+        write_file(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
     @classmethod
-    def load(cls, path: Path) -> "ReferenceLogps":
-        from safetensors.torch import load_file
+    def load(cls, path: Path, identity: Mapping[str, Any], *, zero_tolerance: float | None = None) -> "ReferenceLogps":
+        """StorageError where the file is damaged, or its logps are of other weights, other pairs or another source."""
+        from safetensors import safe_open
 
         check_file(path)
-        tensors = load_file(path)
-        return cls(tensors["chosen"], tensors["rejected"])
+        with safe_open(path, framework="pt") as file:
+            found = json.loads((file.metadata() or {}).get("identity", "{}"))
+            tensors = {name: file.get_tensor(name) for name in ("chosen", "rejected")}
+        changed = [key for key in {**found, **identity} if found.get(key) != identity.get(key)]
+        if changed:
+            raise StorageError(
+                f"{path}: these logps are of another reference or of other pairs than this round's ({', '.join(changed)} "
+                f"differ). Delete it, and {path.name}.sha256, to compute them anew"
+            )
+        return cls(tensors["chosen"], tensors["rejected"], zero_tolerance)
 
 
-@torch.no_grad()
-def score_pairs(
-    module: TokenLogps,
-    pairs: Sequence[PreferencePair],
-    steps: Sequence[Sequence[int]],
-    *,
-    max_pack_tokens: int,
-    shared: bool,
-    device: torch.device,
-    progress: Callable[[int], None] = lambda done: None,
-) -> ReferenceLogps:
-    """Summed logps of every pair under the module's weights, fp32 on the CPU. `progress` gets the pairs done.
-
-    `steps` are the first epoch's: its packs are the very ones that training forwards first, so where policy and reference
-    are the same weights the first log-ratios are 0 to the last bit, in bf16 as well.
-    """
-    chosen_B, rejected_B = torch.zeros(len(pairs)), torch.zeros(len(pairs))
-    assert sorted(i for step in steps for i in step) == list(range(len(pairs)))
-    done = 0
-    for step in steps:
-        for pack in build_packs(pairs, step, max_pack_tokens=max_pack_tokens, shared=shared):
-            pack = pack.to(device)
-            sum_S = pack.sum_per_sequence(module(pack)).cpu()
-            index_B = torch.tensor(pack.pair_B)
-            chosen_B[index_B] = sum_S[pack.chosen_B.cpu()]
-            rejected_B[index_B] = sum_S[pack.rejected_B.cpu()]
-            done += len(pack.pair_B)
-            progress(done)
-    return ReferenceLogps(chosen_B, rejected_B)
-
-
-def pair_logps(pack: Pack, logps_N: Tensor, reference: ReferenceLogps) -> PairLogps:
-    """What the losses read, for the pairs of one pack."""
+def pair_logps(
+    pack: Pack, logps_N: Tensor, reference: ReferenceLogps | None, win_rates_2B: Tensor | None = None
+) -> PairLogps:
+    """What the losses read, for the pairs of one pack. `win_rates_2B` are those of chosen and rejected."""
     sum_S, length_S = pack.sum_per_sequence(logps_N), pack.lengths_S().float()
-    reference_chosen_B, reference_rejected_B = reference.of(pack)
+    reference_chosen_B, reference_rejected_B = (None, None) if reference is None else reference.of(pack)
+    rejected_B = pack.rejected_B
     return PairLogps(
-        sum_S[pack.chosen_B],
-        sum_S[pack.rejected_B],
-        reference_chosen_B,
-        reference_rejected_B,
-        length_S[pack.chosen_B],
-        length_S[pack.rejected_B],
+        chosen_B=sum_S[pack.chosen_B],
+        rejected_B=None if rejected_B is None else sum_S[rejected_B],
+        reference_chosen_B=reference_chosen_B,
+        reference_rejected_B=reference_rejected_B,
+        chosen_length_B=length_S[pack.chosen_B],
+        rejected_length_B=None if rejected_B is None else length_S[rejected_B],
+        chosen_win_rate_B=None if win_rates_2B is None else win_rates_2B[0],
+        rejected_win_rate_B=None if win_rates_2B is None else win_rates_2B[1],
     )
 
 
-def check_zero_logratios(logps: Sequence[PairLogps], *, compute_dtype: torch.dtype) -> float:
+def check_zero_logratios(logps: Sequence[PairLogps], *, tolerance: float) -> float:
     """Mean |log-ratio| per token of a step before any update, where policy and reference are the same weights.
 
-    AuditError above the dtype's tolerance: a wrong reference file, or dropout that is active.
+    AuditError above `tolerance`: a wrong reference file, or dropout that is active. Where the engine gave the reference's
+    logps they differ from the trainer's by the rounding of two programs. A completion's |log-ratio| is then at most the
+    sum of its tokens' |differences|, so what passes the audit's bound on the mean difference of a token passes here: the
+    bound is the same, max_audit_difference. It is loose, because differences of both signs cancel in a sum.
     """
-    total = sum(float((p.chosen_logratios_B.abs() + p.rejected_logratios_B.abs()).detach().sum()) for p in logps)
-    tokens = sum(float((p.chosen_length_B + p.rejected_length_B).sum()) for p in logps)
+    total = tokens = 0.0
+    for p in logps:
+        assert p.rejected_length_B is not None, "a loss that reads a reference reads pairs"
+        total += float((p.chosen_logratios_B.abs() + p.rejected_logratios_B.abs()).detach().sum())
+        tokens += float((p.chosen_length_B + p.rejected_length_B).sum())
     difference = total / tokens
-    if not difference <= ZERO_TOLERANCE[compute_dtype]:
+    if not difference <= tolerance:
         raise AuditError(
             f"policy and reference are the same weights, but their logps differ by {difference:.4f} nats a token on the "
-            f"first step (at most {ZERO_TOLERANCE[compute_dtype]} is rounding). The reference file is of another model, or "
-            "dropout is active. Delete reference.safetensors of this round and run again"
+            f"first step (at most {tolerance:g} is rounding). The reference's logps are of another model, the engine's are "
+            "wrong, or dropout is active. Delete reference.safetensors of this round and run again"
         )
     return difference
 
@@ -125,8 +125,8 @@ def audit_engine(
         return None
     differences = []
     for group, completion in sampled:
-        pair = as_pair(group, completion.token_ids)
-        pack = build_packs([pair], [0], max_pack_tokens=1 << 30, shared=False)[0].to(device)
+        row = as_demonstration(group, completion.token_ids)
+        pack = build_packs([row], [0], max_pack_tokens=1 << 30, shared=False)[0].to(device)
         differences.append((module(pack)[: len(completion.logps)].cpu() - torch.tensor(completion.logps)).abs())
     difference_N = torch.cat(differences)
     figures = {"audit/mean_difference": difference_N.mean().item(), "audit/max_difference": difference_N.max().item()}
@@ -139,9 +139,7 @@ def audit_engine(
     return figures
 
 
-def as_pair(group: Group, token_ids: tuple[int, ...]) -> PreferencePair:
-    """One completion in the form that packs take: chosen and rejected are the same sequence."""
+def as_demonstration(group: Group, token_ids: tuple[int, ...]) -> TrainRow:
+    """One completion in the form that packs take; its text plays no part."""
     nothing = (Message("assistant", ""),)
-    return PreferencePair(
-        group.prompt.id, group.prompt.messages, nothing, nothing, group.prompt_token_ids, token_ids, token_ids
-    )
+    return Demonstration(group.prompt.id, group.prompt.messages, nothing, group.prompt_token_ids, token_ids)

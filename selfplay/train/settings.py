@@ -18,9 +18,12 @@ class TrainSettings:
     """recipe.TrainRecipe for one round: every list replaced by the round's value."""
 
     learning_rate: float
-    beta: float
     loss_type: list[str]
     loss_weights: list[float]
+    beta: float | None  # this and the next three: None where no loss reads it
+    label_smoothing: float | None
+    simpo_gamma: float | None
+    reference_logps: str | None
     batch_size: int
     num_train_epochs: int
     max_steps: int
@@ -43,11 +46,17 @@ class TrainSettings:
     save_dtype: str
     max_audit_difference: float
 
+    @property
+    def loss_numbers(self) -> dict[str, float | None]:
+        """What losses.total_loss hands to the losses."""
+        return {"beta": self.beta, "label_smoothing": self.label_smoothing, "simpo_gamma": self.simpo_gamma}
+
 
 @dataclass(frozen=True, slots=True)
 class TrainJob:
-    """Paths and settings of one round's training. `reference` is None where the initial weights of this job are the
-    reference. `groups` are shards of what the policy sampled, for the audit; none where nothing was sampled.
+    """Paths and settings of one round's training. `pairs` is a file of pairs or of demonstrations. `reference` is None where
+    the policy before its first step is the reference; with `ref_model_mixup_alpha` it is the reference of the round before,
+    into which the policy is mixed. `groups` are shards of what the policy sampled, for the audit; none where nothing was.
 
     `first_step` and `total_steps` place the job in a schedule that spans the run; None where it spans this job.
     """
@@ -58,6 +67,7 @@ class TrainJob:
     settings: TrainSettings
     seed: int
     reference: str | None = None
+    ref_model_mixup_alpha: float | None = None
     groups: tuple[str, ...] = ()
     optimizer_state: str | None = None
     keep_optimizer_state: bool = False
@@ -77,7 +87,7 @@ def schedule_span(recipe: TrainRecipe, round: int, *, rounds: int) -> tuple[int,
 def settings_at(recipe: TrainRecipe, round: int, *, bf16: bool) -> TrainSettings:
     """The settings of a round (0-based); `bf16` is what `auto` became."""
     values: dict[str, Any] = {name: at_round(getattr(recipe, name), round) for name in TrainSettings.__slots__}
-    names = recipe.loss_type if isinstance(recipe.loss_type, list) else [recipe.loss_type]
+    names = recipe.losses
     values |= {"loss_type": names, "loss_weights": recipe.loss_weights or [1.0] * len(names), "bf16": bf16}
     values["lora"] = recipe.lora.model_dump() if recipe.lora is not None else None
     values["lr_scheduler_kwargs"] = recipe.lr_scheduler_kwargs.given()

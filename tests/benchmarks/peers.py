@@ -23,8 +23,8 @@ def ours(model: str, work: Work, bf16: bool) -> float:
     trainer, pairs, steps = _our_trainer(model, work, bf16)
     started = time.perf_counter()
     trainer.reference = _our_reference(trainer, pairs, steps)
-    for indices in steps:
-        trainer.step(pairs, indices, check_zero=False)
+    for number, indices in enumerate(steps, 1):
+        trainer.step(pairs, indices, number=number, check_zero=False)
     return time.perf_counter() - started
 
 
@@ -33,8 +33,8 @@ def ours_engine(model: str, work: Work, bf16: bool) -> float:
     trainer, pairs, steps = _our_trainer(model, work, bf16)
     trainer.reference = _our_reference(trainer, pairs, steps)
     started = time.perf_counter()
-    for indices in steps:
-        trainer.step(pairs, indices, check_zero=False)
+    for number, indices in enumerate(steps, 1):
+        trainer.step(pairs, indices, number=number, check_zero=False)
     return time.perf_counter() - started
 
 
@@ -101,7 +101,7 @@ def gradient_of_ours(model: str, work: Work) -> torch.Tensor:
         return 0.0
 
     trainer._update = keep
-    trainer.step(pairs, steps[0], check_zero=False)
+    trainer.step(pairs, steps[0], number=1, check_zero=False)
     return found[0]
 
 
@@ -125,12 +125,13 @@ def _our_trainer(model: str, work: Work, bf16: bool) -> tuple[Any, list[Preferen
 
     from selfplay.recipe_train import TrainRecipe
     from selfplay.train.logps import TokenLogps
-    from selfplay.train.loop import Trainer
     from selfplay.train.model import load_model
     from selfplay.train.optim import Masters, make_optimizer
     from selfplay.train.pack import form_steps
+    from selfplay.train.progress import SILENT
     from selfplay.train.reference import ReferenceLogps
     from selfplay.train.settings import settings_at
+    from selfplay.train.trainer import Trainer
 
     recipe = TrainRecipe(
         learning_rate=LEARNING_RATE, beta=BETA, batch_size=work.pairs_per_step, lr_scheduler_type="constant"
@@ -140,19 +141,33 @@ def _our_trainer(model: str, work: Work, bf16: bool) -> tuple[Any, list[Preferen
     steps = form_steps(pairs, batch_size=work.pairs_per_step, seed=0, epoch=0, shuffle=False)
     loaded = load_model(model)
     masters = Masters(loaded, compute_dtype=torch.bfloat16 if bf16 else torch.float32)
-    optimizer = make_optimizer(masters.weights, settings)
+    optimizer = make_optimizer(masters, settings)
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
     nothing = ReferenceLogps(torch.zeros(0), torch.zeros(0))
     module = TokenLogps(loaded)
-    trainer = Trainer(module, masters, optimizer, schedule, Accelerator(cpu=True), nothing, settings, True)
+    trainer = Trainer(
+        module=module,
+        masters=masters,
+        optimizer=optimizer,
+        schedule=schedule,
+        accelerator=Accelerator(cpu=True),
+        reference=nothing,
+        win_rates_2B=None,
+        settings=settings,
+        shared=True,
+        max_pack_tokens=settings.max_pack_tokens,
+        halved=[],
+        note=SILENT.note,
+    )
     return trainer, pairs, steps
 
 
 def _our_reference(trainer: Any, pairs: list[PreferencePair], steps: list[list[int]]) -> Any:
-    from selfplay.train.reference import score_pairs
+    from selfplay.train.reference import ReferenceLogps
+    from selfplay.train.reference_pass import score_rows
 
-    cap = trainer.settings.max_pack_tokens
-    return score_pairs(trainer.module, pairs, steps, max_pack_tokens=cap, shared=True, device=torch.device("cpu"))
+    cap, cpu = trainer.settings.max_pack_tokens, torch.device("cpu")
+    return ReferenceLogps(*score_rows(trainer.module, pairs, steps, max_pack_tokens=cap, shared=True, device=cpu))
 
 
 def _trl(model: str, work: Work, bf16: bool, changes: dict[str, Any]) -> float:

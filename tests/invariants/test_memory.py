@@ -14,13 +14,14 @@ from torch import Tensor
 from selfplay import faults, store
 from selfplay.errors import NonFiniteError, RecipeError
 from selfplay.train.logps import TokenLogps
-from selfplay.train.loop import Trainer, run_training
+from selfplay.train.loop import run_training
 from selfplay.train.model import load_model
 from selfplay.train.optim import Masters, make_optimizer, make_schedule
 from selfplay.train.pack import build_packs
 from selfplay.train.progress import SILENT
 from selfplay.train.reference import ReferenceLogps
 from selfplay.train.settings import TrainJob
+from selfplay.train.trainer import Trainer
 from selfplay.types import PreferencePair
 
 
@@ -38,6 +39,7 @@ def trainer_of(model: Path, pairs: Sequence[PreferencePair], **changes: Any) -> 
         schedule=make_schedule(optimizer, TrainJob("", "", "", chosen, seed=0), 4, done=0),
         accelerator=Accelerator(cpu=True),
         reference=ReferenceLogps(logps[:, 0].contiguous(), logps[:, 1].contiguous()),
+        win_rates_2B=None,
         settings=chosen,
         shared=True,
         max_pack_tokens=chosen.max_pack_tokens,
@@ -161,9 +163,9 @@ def test_out_of_memory_is_recorded_and_kept_over_a_resume(
 def test_a_reference_pass_that_runs_out_of_memory_sets_the_size_of_packs_from_the_start(
     tiny: Path, pairs: Sequence[PreferencePair], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import selfplay.train.loop as loop
+    import selfplay.train.reference_pass as reference_pass
 
-    real, tried = loop.score_pairs, []
+    real, tried = reference_pass.score_rows, []
 
     def small(*arguments: Any, max_pack_tokens: int, **others: Any) -> ReferenceLogps:
         tried.append(max_pack_tokens)
@@ -171,13 +173,13 @@ def test_a_reference_pass_that_runs_out_of_memory_sets_the_size_of_packs_from_th
             raise torch.OutOfMemoryError
         return real(*arguments, max_pack_tokens=max_pack_tokens, **others)
 
-    monkeypatch.setattr(loop, "score_pairs", small)
+    monkeypatch.setattr(reference_pass, "score_rows", small)
     result = run_training(job_of(tmp_path, tiny, pairs, max_pack_tokens=600, max_steps=2))
     assert tried == [600, 300, 150]
     assert result["out_of_memory"] == [{"step": 0, "max_pack_tokens": 300}, {"step": 0, "max_pack_tokens": 150}]
     assert result["audit/zero_logratio"] == 0, "the steps take the very packs of the reference pass"
     tried.clear()
-    monkeypatch.setattr(loop, "score_pairs", lambda *_, **others: small(max_pack_tokens=9999))
+    monkeypatch.setattr(reference_pass, "score_rows", lambda *_, **others: small(max_pack_tokens=9999))
     with pytest.raises(RecipeError, match="too little memory"):
         run_training(job_of(tmp_path / "never", tiny, pairs, max_pack_tokens=600, max_steps=2))
     assert len(tried) == 4

@@ -107,7 +107,9 @@ def _sides(pair: PreferencePair) -> tuple[Sequence[int], Sequence[int]]:
 
 
 def _losses(logps: PairLogps) -> Tensor:
-    return total_loss(logps, names=("sigmoid", "sft"), weights=(1.0, 0.3), beta=0.1)
+    return total_loss(
+        logps, names=("sigmoid", "sft"), weights=(1.0, 0.3), numbers={"beta": 0.1, "label_smoothing": 0.0}
+    )
 
 
 def gradient(model: Any, loss: Tensor) -> Tensor:
@@ -141,6 +143,7 @@ def test_packed_logps_and_gradients_equal_those_of_single_rows(
     with torch.no_grad():
         for place, index in enumerate(packs[0].pair_B):
             pair = many[index]
+            assert packs[0].rejected_B is not None
             for sequence, ids in zip((packs[0].chosen_B, packs[0].rejected_B), _sides(pair), strict=True):
                 wanted = plain_sum(plain, pair.prompt_token_ids, ids)
                 assert relative(sum_S[sequence[place]], wanted) < 1e-5

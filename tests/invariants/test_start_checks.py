@@ -5,10 +5,12 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from jobs import job_of, random_pairs
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import make_tiny_model
 
@@ -39,6 +41,17 @@ def sampled_groups(model: Path, pairs: Sequence[PreferencePair]) -> list[Group]:
     return groups
 
 
+def logps_in(path: Path) -> dict[str, torch.Tensor]:
+    return load_file(path)
+
+
+def identity_of(path: Path) -> dict[str, Any]:
+    """What a reference file says that its logps are of."""
+    with safe_open(path, framework="pt") as file:
+        found: dict[str, Any] = json.loads(file.metadata()["identity"])
+    return found
+
+
 def changed_copy(model: Path, folder: Path) -> Path:
     """The same model but for one row of one matrix."""
     network = load_model(str(model))
@@ -65,10 +78,10 @@ def test_reference_logps_are_the_sums_of_the_policys_own_logits(
     tiny: Path, pairs: Sequence[PreferencePair], tmp_path: Path
 ) -> None:
     run_training(job_of(tmp_path, tiny, pairs, max_steps=1))
-    reference = ReferenceLogps.load(tmp_path / "out" / "reference.safetensors")
+    reference = logps_in(tmp_path / "out" / "reference.safetensors")
     wanted = [sum(g.completions[0].logps) for g in sampled_groups(tiny, pairs)]
-    assert reference.chosen_B.tolist() == pytest.approx(wanted, rel=1e-5)
-    assert len(reference.rejected_B) == len(pairs)
+    assert reference["chosen"].tolist() == pytest.approx(wanted, rel=1e-5)
+    assert len(reference["rejected"]) == len(pairs)
 
 
 def test_dropout_is_off_even_where_the_model_was_saved_with_it(tmp_path: Path) -> None:
@@ -87,9 +100,11 @@ def test_a_reference_file_of_another_model_stops_before_any_step(
 ) -> None:
     job = job_of(tmp_path, tiny, pairs, shuffle=False)
     run_training(job)
-    right = ReferenceLogps.load(tmp_path / "out" / "reference.safetensors")
-    other = dataclasses.replace(job, out=str(tmp_path / "again"))
-    ReferenceLogps(right.chosen_B + 0.1, right.rejected_B).save(tmp_path / "again" / "reference.safetensors")
+    path = tmp_path / "out" / "reference.safetensors"
+    right, other = logps_in(path), dataclasses.replace(job, out=str(tmp_path / "again"))
+    # its digests are right, its numbers are not
+    wrong = ReferenceLogps(right["chosen"] + 0.1, right["rejected"])
+    wrong.save(tmp_path / "again" / "reference.safetensors", identity_of(path))
     with pytest.raises(AuditError, match=r"reference\.safetensors"):
         run_training(other)
     assert not (tmp_path / "again" / "policy").exists()
@@ -161,8 +176,8 @@ def test_a_job_in_its_own_process_passes_results_and_errors_on(
 
 def test_a_damaged_reference_file_is_never_used(tiny: Path, pairs: Sequence[PreferencePair], tmp_path: Path) -> None:
     path = tmp_path / "reference.safetensors"
-    ReferenceLogps(torch.ones(3), torch.zeros(3)).save(path)
+    ReferenceLogps(torch.ones(3), torch.zeros(3)).save(path, {})
     tensors = load_file(path)
     save_file({**tensors, "chosen": tensors["chosen"] + 1}, path)
     with pytest.raises(store.StorageError, match="damaged"):
-        ReferenceLogps.load(path)
+        ReferenceLogps.load(path, {})

@@ -21,6 +21,7 @@ def trained_ids(pairs: list[PreferencePair], *, shared: bool = True) -> list[lis
     found: dict[int, list[tuple[int, ...]]] = {}
     for pack in build_packs(pairs, range(len(pairs)), max_pack_tokens=300, shared=shared):
         for place, index in enumerate(pack.pair_B):
+            assert pack.rejected_B is not None
             sides = (int(pack.chosen_B[place]), int(pack.rejected_B[place]))
             found[index] = [tuple(pack.target_N[pack.sequence_N == side].tolist()) for side in sides]
     return [found[n] for n in range(len(pairs))]
