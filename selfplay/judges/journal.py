@@ -50,8 +50,9 @@ class Journal:
         if self.path is not None:
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = self.path.open("a+b")
-                self._read()
+                whole = self._read(self.path.read_bytes() if self.path.exists() else b"")
+                self._file = self.path.open("ab")
+                self._file.truncate(whole)
             except OSError as error:
                 raise self._unwritable(error) from error
         return self
@@ -60,17 +61,16 @@ class Journal:
         if self.path is not None:
             self._file.close()
 
-    def _read(self) -> None:
-        self._file.seek(0)
-        data = self._file.read()
+    def _read(self, data: bytes) -> int:
+        """The size of all whole lines."""
         whole = data.rfind(b"\n") + 1
-        self._file.truncate(whole)
         for number, line in enumerate(data[:whole].splitlines(), 1):
             try:
                 found = _LINE.validate_json(line)
             except ValidationError as error:
                 raise StorageError(f"{self.path}:{number}: damaged; delete the file to ask anew") from error
             self.replies[found.key] = found.reply
+        return whole
 
     def add(self, key: str, reply: Reply) -> None:
         """Keeps a reply; after this it is on the disk."""
