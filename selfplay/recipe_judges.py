@@ -27,7 +27,9 @@ class VerifierRecipe(Section):
 
 
 class LLMJudgeRecipe(Section):
-    """A model reads the completion. `model: policy` is the current policy, on the engine that is already loaded."""
+    """A model reads the completion. `model: policy` is the current policy, on the engine that is already loaded. `template` is a
+    file or a shipped name: additive, yes_no, pairwise_helpfulness, correctness, safety.
+    """
 
     kind: Literal["llm"]
     model: str = "policy"
@@ -71,7 +73,8 @@ def is_link_local(address: str) -> bool:
 class ApiJudgeRecipe(Section):
     """A model behind an OpenAI-compatible chat endpoint reads the completion. The key is in the environment variable that
     `api_key_env` names; without one none is sent. Times are seconds; `timeout` is for one call, `deadline` for all that one
-    round or panel asks. Prices are per million tokens, in any currency.
+    round or panel asks. `send_seed: false` is for servers that refuse the field. Prices are per million tokens, in any
+    currency.
     """
 
     kind: Literal["api"]
