@@ -27,8 +27,8 @@ class VerifierRecipe(Section):
 
 
 class LLMJudgeRecipe(Section):
-    """A model reads the completion. `model: policy` is the current policy, on the engine that is already loaded. `template` is a
-    file or a shipped name: additive, yes_no, pairwise_helpfulness, correctness, safety.
+    """A model reads the completion. `model: policy` is the current policy, on the engine that is already loaded. `template` is
+    a file or a shipped name: additive, yes_no, pairwise_helpfulness, correctness, safety.
     """
 
     kind: Literal["llm"]

@@ -159,7 +159,7 @@ def test_judging_by_an_endpoint_ends_with_69_where_it_is_down_and_a_key_is_nowhe
     monkeypatch.setenv("JUDGE_KEY", KEY)
     groups, out = groups_in(tmp_path / "groups", 2), tmp_path / "judged"
     with Server(lambda asked: says(f"{KEY}\nScore: 2") if asked.number < 3 else http(500, KEY.encode())) as server:
-        recipe = recipe_in(tmp_path, api(server.url, api_key_env="JUDGE_KEY", max_concurrency=1, deadline=0.5))
+        recipe = recipe_in(tmp_path, api(server.url, api_key_env="JUDGE_KEY", max_concurrency=1))
         monkeypatch.setattr("selfplay.judges.api.MAX_FAILURES", 2)
         said = run(capsys, "judge", recipe, "--groups", groups, "--out", out, code=69)
         monkeypatch.undo()

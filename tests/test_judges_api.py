@@ -15,6 +15,7 @@ from selfplay.judges import make_judge
 from selfplay.judges.api import MAX_FAILURES, ApiJudge
 from selfplay.judges.contract import judge_checked
 from selfplay.judges.endpoint import Pacer, retry_after
+from selfplay.judges.journal import Journal, Reply
 from selfplay.judges.template import load_template
 from selfplay.progress import SILENT
 from selfplay.protocols import Judge, JudgeContext, StagedJudge
@@ -32,10 +33,8 @@ def make_group(*texts, ask="name a bird", gold=None):
 
 
 def make_api_judge(url, *, key=None, **fields):
-    """A judge whose pauses are short; by default one retry and a timeout that a test can wait for."""
-    recipe = ApiJudgeRecipe.model_validate(
-        {"kind": "api", "base_url": url, "model": "m", "max_retries": 1, "timeout": 0.25} | fields
-    )
+    """A judge whose pauses are short; by default one retry."""
+    recipe = ApiJudgeRecipe.model_validate({"kind": "api", "base_url": url, "model": "m", "max_retries": 1} | fields)
     return ApiJudge(load_template(recipe.template, Path()), recipe, key, pause=0.001)
 
 
@@ -187,8 +186,9 @@ LASTING = {
 
 @pytest.mark.parametrize(("fault", "tries", "note"), LASTING.values(), ids=LASTING.keys())
 def test_a_fault_that_lasts_is_none_with_a_note_and_the_other_rows_are_kept(fault, tries, note):
+    patience = 0.4 if fault in (silent, drip) else 60.0
     with Server(lambda asked: fault if "a wren" in asked.text else graded(asked)) as server:
-        judgement = make_api_judge(server.url).judge(groups_of(1), CONTEXT)[0]
+        judgement = make_api_judge(server.url, timeout=patience).judge(groups_of(1), CONTEXT)[0]
     assert judgement.scores == (None, 1.0)
     assert note in judgement.notes[0].splitlines()[0]
     assert sum("a wren" in asked.text for asked in server.asked) == tries
@@ -291,11 +291,16 @@ def test_conduct_is_no_part_of_the_identity():
     "fault", [silent, http(429), http(503, Retry_After="9")], ids=["silence", "429", "a long pause"]
 )
 def test_the_deadline_ends_the_stage_and_keeps_what_is_there(tmp_path, fault):
-    with Server(lambda asked: graded(asked) if "no idea" in asked.text else fault) as server:
+    groups = groups_of(2)
+    with Server(lambda asked: graded(asked) if "ask 0" in asked.text else fault) as server:
+        judge = make_api_judge(server.url)
+        with judge.stage(tmp_path, lambda note: None):
+            judge.judge(groups[:1], CONTEXT)
         judge = make_api_judge(server.url, deadline=0.2, timeout=60.0, max_retries=10_000)
         with pytest.raises(JudgeError, match=r"judge\.deadline"):
-            judge_in(tmp_path, judge, groups_of(2))
+            judge_in(tmp_path, judge, groups)
     assert usage_of(tmp_path)["num_calls"] == 2
+    assert not list(tmp_path.glob("*.jsonl"))
 
 
 def test_tokens_and_cost_are_counted_and_shown(tmp_path):
@@ -330,6 +335,25 @@ def test_calls_are_paced_and_wait_while_the_server_asks_for_a_pause():
     pacer.hold(25.0)
     assert [pacer.take(20.0) for _ in range(2)] == [5.0, 5.5]
     assert [Pacer(None).take(3.0) for _ in range(2)] == [0.0, 0.0]
+
+
+def test_a_judge_keeps_to_requests_per_minute():
+    with Server(graded) as server:
+        judge = make_api_judge(server.url, requests_per_minute=1.0, deadline=0.3)
+        with pytest.raises(JudgeError, match=r"judge\.deadline"):
+            judge.judge(groups_of(2), CONTEXT)
+    assert len(server.asked) <= 1
+
+
+def test_a_full_disk_is_a_storage_error(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    with Journal(tmp_path) as journal:
+        journal.add("a", Reply("Score: 1", False))
+        monkeypatch.setattr("selfplay.judges.journal.os.fsync", full)
+        with pytest.raises(StorageError, match=r"replies\.log: can't be written \(No space left on device\)"):
+            journal.add("b", Reply("Score: 2", False))
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ line is synced before the next question's reply is used, and half a line, which 
 is a log and no artifact: its order is that of arrival, it has no digest beside it, and what trains is in the judgements.
 """
 
+import contextlib
 import json
 import os
 from dataclasses import asdict, dataclass
@@ -59,7 +60,8 @@ class Journal:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if self.path is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # of a line that could not be written; `add` has said so
+                self._file.close()
 
     def _read(self, data: bytes) -> int:
         """The size of all whole lines."""

@@ -78,9 +78,9 @@ class Questions:
         return Judgement(group.prompt.id, tuple(v.score for v in row), tuple(v.note for v in row))
 
     def _pairwise(self, g: int, group: Group, verdicts: Mapping[Place, Verdict]) -> Judgement:
-        asked = {place[1:]: verdict for place, verdict in verdicts.items() if place[0] == g}
-        why = {(i, j): verdict.note for (i, j), verdict in asked.items() if verdict.score is None}
-        return win_rates(group, {(i, j): verdict.score for (i, j), verdict in asked.items()}, why)
+        asked = {(i, j): verdicts[g, i, j] for i, j in permutations(range(len(group.completions)), 2)}
+        why = {shown: verdict.note for shown, verdict in asked.items() if verdict.score is None}
+        return win_rates(group, {shown: verdict.score for shown, verdict in asked.items()}, why)
 
 
 def mean_verdict(verdicts: Sequence[Verdict]) -> Verdict:
