@@ -111,9 +111,10 @@ class _Guard(httpx2.AsyncBaseTransport):
     size), and no large one.
     """
 
-    def __init__(self, max_connections: int, key: str | None) -> None:
+    def __init__(self, key: str | None) -> None:
         self._key = key
-        self._inner = httpx2.AsyncHTTPTransport(limits=httpx2.Limits(max_connections=max_connections))
+        # Endpoint counts the calls; a limit here would let them wait within their timeout
+        self._inner = httpx2.AsyncHTTPTransport(limits=httpx2.Limits())
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         await check_host(request.url.host, request.url.port)
@@ -183,7 +184,7 @@ class Endpoint:
         self._until = until
         self._free = asyncio.Semaphore(settings.max_concurrency)
         self._pacer = Pacer(settings.requests_per_minute)
-        guard = _Guard(settings.max_concurrency, key)
+        guard = _Guard(key)
         http = httpx2.AsyncClient(transport=guard, timeout=settings.timeout, follow_redirects=False)
         # the client wants some key, else it takes that of another account from the environment
         self._client = openai.AsyncOpenAI(base_url=settings.base_url, api_key="none", max_retries=0, http_client=http)
