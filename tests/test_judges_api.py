@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from scripted_server import BOMB, Server, drip, endless, half, http, reset, says, silent
 
-import selfplay.judges.endpoint as endpoint_module
+import selfplay.judges.guard as guard_module
 from selfplay import store
 from selfplay.errors import JudgeError, RecipeError, SecurityError, StorageError
 from selfplay.judges import make_judge
@@ -195,7 +195,7 @@ def test_a_fault_that_lasts_is_none_with_a_note_and_the_other_rows_are_kept(faul
 
 
 def test_an_endless_refusal_is_not_read_to_its_end(monkeypatch):
-    monkeypatch.setattr(endpoint_module, "MAX_BODY", 1000)
+    monkeypatch.setattr(guard_module, "MAX_BODY", 1000)
     with Server(lambda asked: http(500, b"x" * 5000) if "a wren" in asked.text else graded(asked)) as server:
         judgement = make_api_judge(server.url).judge(groups_of(1), CONTEXT)[0]
     assert judgement.scores == (None, 1.0)
@@ -320,6 +320,15 @@ def test_tokens_and_cost_are_counted_and_shown(tmp_path):
     assert (usage["num_calls"], usage["prompt_tokens"], usage["completion_tokens"]) == (4, 4000, 200)
     assert usage["cost"] == pytest.approx(4000 * 2e-6 + 200 * 10e-6)
     assert notes == ["judge: 4 calls (0 retries, 0 failed), 4000 prompt tokens, 200 completion tokens, cost 0.01"]
+
+
+@pytest.mark.parametrize("usage", [None, 3, {}, {"prompt_tokens": None, "completion_tokens": -1}], ids=str)
+def test_a_server_that_counts_no_tokens_loses_no_verdict(tmp_path, usage):
+    body = {"choices": [{"message": {"content": "Score: 2"}}], "usage": usage}
+    with Server(lambda asked: http(200, json.dumps(body).encode())) as server:
+        judgements = judge_in(tmp_path, make_api_judge(server.url), groups_of(1))
+    assert judgements[0].scores == (2.0, 2.0)
+    assert usage_of(tmp_path)["prompt_tokens"] == usage_of(tmp_path)["completion_tokens"] == 0
 
 
 def test_at_most_max_concurrency_calls_run_at_a_time():

@@ -15,9 +15,8 @@ Environment proxies are not used.
 import asyncio
 import email.utils
 import random
-import socket
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -26,16 +25,13 @@ import httpx2
 import openai
 from pydantic import BaseModel, Field, ValidationError
 
-from selfplay.errors import JudgeError, SecurityError
+from selfplay.errors import JudgeError
+from selfplay.judges.guard import BodyError, Guard
 from selfplay.judges.journal import Reply
-from selfplay.recipe_judges import is_link_local
 from selfplay.types import Message
 
-MAX_BODY = 4 * 2**20  # bytes; a verdict has a few thousand
 MAX_SAID = 300  # characters of a server's complaint that a note quotes
 MAX_PAUSE = 60.0  # seconds; a Retry-After may be longer
-# The client adds more, and what environment variables tell it to: organisations, projects, any header.
-SENT = ("host", "connection", "user-agent", "accept", "content-type", "content-length", "transfer-encoding")
 HOPELESS = {401: "it refuses the key", 402: "it wants to be paid", 403: "it forbids this", 404: "no such model or path"}
 
 
@@ -68,10 +64,6 @@ class _AgainError(Exception):
         self.after = after
 
 
-class _BodyError(Exception):
-    """A body that is not read to its end."""
-
-
 class Pacer:
     """When calls may start: at most `per_minute`, evenly spaced, and not while the server asks for a pause."""
 
@@ -90,68 +82,6 @@ class Pacer:
         self._free = max(self._free, until)
 
 
-class _Capped(httpx2.AsyncByteStream):
-    def __init__(self, stream: httpx2.AsyncByteStream) -> None:
-        self._stream = stream
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        size = 0
-        async for chunk in self._stream:
-            size += len(chunk)
-            if size > MAX_BODY:
-                raise _BodyError(f"the server's body is larger than {MAX_BODY} bytes")
-            yield chunk
-
-    async def aclose(self) -> None:
-        await self._stream.aclose()
-
-
-class _Guard(httpx2.AsyncBaseTransport):
-    """Sends the key and SENT alone, connects to no link-local address, reads no compressed body (a small one can unpack to any
-    size), and no large one.
-    """
-
-    def __init__(self, key: str | None) -> None:
-        self._key = key
-        # Endpoint counts the calls; a limit here would let them wait within their timeout
-        self._inner = httpx2.AsyncHTTPTransport(limits=httpx2.Limits())
-
-    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
-        await check_host(request.url.host, request.url.port)
-        headers = {name: request.headers[name] for name in SENT if name in request.headers}
-        headers |= {"accept-encoding": "identity"} | ({"authorization": f"Bearer {self._key}"} if self._key else {})
-        # a request of its own: the client looks for notes to itself among the headers of the one that it made
-        response = await self._inner.handle_async_request(
-            httpx2.Request(
-                request.method, request.url, headers=headers, stream=request.stream, extensions=request.extensions
-            )
-        )
-        assert isinstance(response.stream, httpx2.AsyncByteStream)
-        if response.headers.get("content-encoding", "identity").lower() != "identity":
-            await response.aclose()
-            raise _BodyError("the server's body is compressed, which was not asked for")
-        return httpx2.Response(
-            response.status_code,
-            headers=response.headers,
-            stream=_Capped(response.stream),
-            extensions=response.extensions,
-        )
-
-    async def aclose(self) -> None:
-        await self._inner.aclose()
-
-
-async def check_host(host: str, port: int | None) -> None:
-    """SecurityError where a host's name leads to a link-local address: clouds keep machine credentials there."""
-    try:
-        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except OSError as error:
-        raise httpx2.ConnectError(f"{host}: no address ({error})") from None
-    for address in {str(sockaddr[0]) for *_, sockaddr in found}:
-        if is_link_local(address):
-            raise SecurityError(f"judge.base_url: {host} is the link-local address {address}, which is never asked.")
-
-
 class _Message(BaseModel):
     content: str | None = None
 
@@ -161,14 +91,9 @@ class _Choice(BaseModel):
     finish_reason: str | None = None
 
 
-class _Usage(BaseModel):
-    prompt_tokens: int = Field(default=0, ge=0)
-    completion_tokens: int = Field(default=0, ge=0)
-
-
 class _Body(BaseModel):
     choices: list[_Choice] = Field(min_length=1)
-    usage: _Usage | None = None
+    usage: Any = None  # servers differ in it, and no verdict shall be lost for that
 
 
 class Endpoint:
@@ -184,7 +109,7 @@ class Endpoint:
         self._until = until
         self._free = asyncio.Semaphore(settings.max_concurrency)
         self._pacer = Pacer(settings.requests_per_minute)
-        guard = _Guard(key)
+        guard = Guard(key)
         http = httpx2.AsyncClient(transport=guard, timeout=settings.timeout, follow_redirects=False)
         # the client wants some key, else it takes that of another account from the environment
         self._client = openai.AsyncOpenAI(base_url=settings.base_url, api_key="none", max_retries=0, http_client=http)
@@ -245,7 +170,7 @@ class Endpoint:
             raise self._refusal(error.response) from None
         except openai.APIConnectionError as error:
             raise _AgainError(f"the connection failed ({type(error.__cause__ or error).__name__})") from None
-        except _BodyError as error:
+        except BodyError as error:
             raise CallError(str(error)) from None
         return self._read(body)
 
@@ -270,13 +195,19 @@ class Endpoint:
         except ValidationError:
             shown = self._clean(body[:MAX_SAID].decode(errors="replace"))
             raise CallError(f"the server's body holds no completion\n{shown!r}") from None
-        choice, usage = found.choices[0], found.usage or _Usage()
-        cut = choice.finish_reason == "length"
-        return Reply(self._clean(choice.message.content or ""), cut, usage.prompt_tokens, usage.completion_tokens)
+        choice = found.choices[0]
+        counts = [_tokens(found.usage, name) for name in ("prompt_tokens", "completion_tokens")]
+        return Reply(self._clean(choice.message.content or ""), choice.finish_reason == "length", *counts)
 
     def _clean(self, text: str) -> str:
         """What a server says, without the key that it was given."""
         return text.replace(self._key, "[key]") if self._key else text
+
+
+def _tokens(usage: Any, name: str) -> int:
+    """A count of the server's; 0 where it gives none."""
+    count = usage.get(name) if isinstance(usage, dict) else None
+    return count if isinstance(count, int) and count >= 0 else 0
 
 
 def retry_after(value: str | None, now: float) -> float | None:
