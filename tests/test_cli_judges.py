@@ -1,7 +1,6 @@
 """compare-judges, calibrate and an endpoint as judge, on the command line."""
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from selfplay.cli import main
 from selfplay.errors import RecipeError
 from selfplay.preferences import Labelled, read_labelled
 from selfplay.recipe_file import check_recipe
-from selfplay.recipe_judges import ApiJudgeRecipe
 from selfplay.types import Completion, Group, Judgement, Message, Prompt, prompt_id
 
 KEY = "sk-planted-0123456789"
@@ -241,10 +239,3 @@ def test_a_round_judged_by_an_endpoint_tells_its_audit_and_its_cost(
     row = next(line for line in said.split("audit of the judge")[1].splitlines() if line.startswith("0 "))
     assert row.split()[1] == "1.000"
     assert row.split()[-2:] == ["32", f"{asked * 12e-6:.4f}"]
-
-
-def test_the_readmes_endpoint_is_a_recipes_judge() -> None:
-    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"```yaml\n(judge:.*?)```", readme, re.DOTALL)
-    data = {"model": "m", "prompts": {"source": "p", "deal": "same"}, **yaml.safe_load(block)}
-    assert isinstance(check_recipe(data, "README.md").judge, ApiJudgeRecipe)
