@@ -21,6 +21,7 @@ from selfplay import __version__
 from selfplay.commands.env import env_command
 from selfplay.commands.gguf import import_gguf_command
 from selfplay.commands.iterate import iterate_command
+from selfplay.commands.judges import calibrate_command, compare_judges_command
 from selfplay.commands.merge import merge_command
 from selfplay.commands.recipes import recipes_app
 from selfplay.commands.show import compare_command, show_command, status_command
@@ -55,6 +56,8 @@ app.command("judge")(judge_command)
 app.command("pairs")(pairs_command)
 app.command("train")(train_command)
 app.command("evaluate")(evaluate_command)
+app.command("compare-judges")(compare_judges_command)
+app.command("calibrate")(calibrate_command)
 app.command("status")(status_command)
 app.command("compare")(compare_command)
 app.command("show")(show_command)

@@ -3,7 +3,7 @@
     SelfplayError                 70  something inside selfplay is wrong
     ├── RecipeError               64  a recipe, a flag or an option
     ├── DataError                 65  a prompt file, a pair file, a model folder, a template
-    ├── JudgeError                69  a judge raised, or answered in the wrong shape
+    ├── JudgeError                69  a judge raised, answered in the wrong shape, or its endpoint is down
     ├── GeneratorError            70  an engine died or answered in the wrong shape
     ├── StorageError              74  disk full, a folder that can't be written, a damaged file
     ├── Stopped                   75  the user asked to stop; the same command goes on

@@ -41,6 +41,8 @@ def status(run: Path) -> dict[str, Any]:
         if (folder / "round.json").exists():
             done = store.read_json(folder / "round.json")
             row |= {"counts": done["counts"], "train": done["train"], "seconds": _seconds(folder)}
+            # rounds that were played before these figures existed have none
+            row |= {"audit": done.get("audit"), "judge_usage": done.get("judge_usage")}
         last = panel or last
         rounds.append(row)
     found: dict[str, Any] = {

@@ -15,10 +15,10 @@ Demonstrations are read as the recipe's prompts are (prompts.py), and the gold a
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from selfplay.chat import Chat
 from selfplay.errors import DataError
@@ -26,6 +26,7 @@ from selfplay.prompts import ROLES, read_prompts, read_rows
 from selfplay.recipe import PromptsRecipe
 from selfplay.types import Demonstration, Drop, Message, PreferencePair, Prompt, prompt_id
 
+T = TypeVar("T")
 Turns = tuple[Message, ...]
 PROMPT_COLUMNS = ("prompt", "instruction", "conversations")
 _SPEAKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
@@ -48,6 +49,15 @@ class Demonstrations:
     rows: tuple[Demonstration, ...]
     drops: tuple[Drop, ...]
     form: str
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """A prompt with the completion that somebody preferred and the one that they didn't, as texts."""
+
+    prompt: Prompt
+    chosen: str
+    rejected: str
 
 
 class _UnusableError(Exception):
@@ -123,17 +133,48 @@ def read_preferences(
     """The pairs of a local file or of a data set id, tokenized by `chat`. Prompts of more than max_prompt_length tokens
     are dropped, never cut. DataError where the columns are of no known form, or where no row gives a pair.
     """
+    rows, column, form = _rows(source, name, split, prompt_column)
+
+    def pair(row: Mapping[str, Any]) -> PreferencePair:
+        return _pair(_labelled(row, column, system_prompt), chat, max_prompt_length)
+
+    pairs, drops = _convert(rows, source, pair)
+    return Preferences(pairs, drops, form)
+
+
+def read_labelled(
+    source: str,
+    *,
+    name: str | None = None,
+    split: str = "train",
+    prompt_column: str | None = None,
+    gold_column: str | None = None,
+    checks_column: str = "checks",
+    system_prompt: str | None = None,
+    limit: int | None = None,
+) -> tuple[tuple[Labelled, ...], tuple[Drop, ...]]:
+    """The first `limit` rows as texts, for a judge: no tokenizer is needed. Prompts have the gold answer and the checks that
+    the rows hold. Errors as `read_preferences`.
+    """
+    rows, column, _ = _rows(source, name, split, prompt_column)
+
+    def labelled(row: Mapping[str, Any]) -> Labelled:
+        found = _labelled(row, column, system_prompt)
+        gold = row.get(gold_column) if gold_column is not None else None
+        checks = row.get(checks_column) or ()
+        return replace(found, prompt=replace(found.prompt, gold=gold, checks=tuple(checks), source=source))
+
+    return _convert(rows[:limit], source, labelled)
+
+
+def _rows(
+    source: str, name: str | None, split: str, prompt_column: str | None
+) -> tuple[list[dict[str, Any]], str | None, str]:
+    """The rows, the column of the prompt, and the form."""
     rows = list(read_rows(source, name=name, split=split))
     if not rows:
         raise DataError(f"{source}: no rows")
-    column, form = _form(rows[0], prompt_column, source)
-    made = list(_convert(rows, column, chat, source, system_prompt, max_prompt_length))
-    pairs = tuple(row for row in made if isinstance(row, PreferencePair))
-    drops = tuple(row for row in made if isinstance(row, Drop))
-    assert len(pairs) + len(drops) == len(rows)
-    if not pairs:
-        raise DataError(f"{source}: none of {len(rows)} rows gives a pair; the first: {drops[0].id}: {drops[0].reason}")
-    return Preferences(pairs, drops, form)
+    return rows, *_form(rows[0], prompt_column, source)
 
 
 def _form(row: Mapping[str, Any], prompt_column: str | None, source: str) -> tuple[str | None, str]:
@@ -152,24 +193,25 @@ def _form(row: Mapping[str, Any], prompt_column: str | None, source: str) -> tup
 
 
 def _convert(
-    rows: Iterable[Mapping[str, Any]],
-    column: str | None,
-    chat: Chat,
-    source: str,
-    system_prompt: str | None,
-    max_prompt_length: int | None,
-) -> Iterable[PreferencePair | Drop]:
+    rows: Sequence[Mapping[str, Any]], source: str, make: Callable[[Mapping[str, Any]], T]
+) -> tuple[tuple[T, ...], tuple[Drop, ...]]:
+    """What `make` makes of the rows, and why it made nothing. DataError where it made nothing at all."""
+    made: list[T] = []
+    drops: list[Drop] = []
     for number, row in enumerate(rows, 1):
         where = f"{source}:{number}"
         try:
-            messages, chosen, rejected = split_row(row, column)
-            yield _pair(_with_system(messages, system_prompt), chosen, rejected, row, chat, max_prompt_length)
+            made.append(make(row))
         except _UnusableError as reason:
-            yield Drop(where, str(reason))
+            drops.append(Drop(where, str(reason)))
         except (KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{where}: this row does not fit the form of the first row ({error!r})") from error
         except DataError as error:
             raise DataError(f"{where}: {error}") from error
+    assert len(made) + len(drops) == len(rows)
+    if not made:
+        raise DataError(f"{source}: none of {len(rows)} rows gives a pair; the first: {drops[0].id}: {drops[0].reason}")
+    return tuple(made), tuple(drops)
 
 
 def _with_system(messages: Turns, system_prompt: str | None) -> Turns:
@@ -178,9 +220,9 @@ def _with_system(messages: Turns, system_prompt: str | None) -> Turns:
     return (Message("system", system_prompt), *messages)
 
 
-def _pair(
-    messages: Turns, chosen: str, rejected: str, row: Mapping[str, Any], chat: Chat, max_prompt_length: int | None
-) -> PreferencePair:
+def _labelled(row: Mapping[str, Any], column: str | None, system_prompt: str | None) -> Labelled:
+    messages, chosen, rejected = split_row(row, column)
+    messages = _with_system(messages, system_prompt)
     for which, text in (("chosen", chosen), ("rejected", rejected)):
         if not text.strip():
             raise _UnusableError(f"empty {which}")
@@ -189,18 +231,22 @@ def _pair(
     if not _encodable((*(m.content for m in messages), chosen, rejected)):
         raise _UnusableError("lone surrogate in the text")
     tools = tuple(row["tools"]) if row.get("tools") else None
-    prompt = Prompt(prompt_id(messages, tools), messages, tools)
+    return Labelled(Prompt(prompt_id(messages, tools), messages, tools), chosen, rejected)
+
+
+def _pair(row: Labelled, chat: Chat, max_prompt_length: int | None) -> PreferencePair:
+    prompt = row.prompt
     prompt_ids = chat.encode_prompt(prompt)
     if max_prompt_length is not None and len(prompt_ids) > max_prompt_length:
         raise _UnusableError("prompt longer than max_prompt_length")
-    chosen_ids, rejected_ids = chat.encode_completion(prompt, chosen), chat.encode_completion(prompt, rejected)
+    chosen_ids, rejected_ids = chat.encode_completion(prompt, row.chosen), chat.encode_completion(prompt, row.rejected)
     if chosen_ids == rejected_ids:
         raise _UnusableError("chosen equals rejected")
     return PreferencePair(
         prompt_id=prompt.id,
-        prompt=messages,
-        chosen=(Message("assistant", chosen),),
-        rejected=(Message("assistant", rejected),),
+        prompt=prompt.messages,
+        chosen=(Message("assistant", row.chosen),),
+        rejected=(Message("assistant", row.rejected),),
         prompt_token_ids=prompt_ids,
         chosen_token_ids=chosen_ids,
         rejected_token_ids=rejected_ids,

@@ -3,7 +3,9 @@ for most judges: see `selfplay.pointwise` and `selfplay.pairwise` in judges/lift
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from selfplay.types import Group, Judgement, PreferencePair, Prompt, Sampling
@@ -40,6 +42,15 @@ class Judge(Protocol):
 
     def judge(self, groups: Sequence[Group], context: JudgeContext) -> Sequence[Judgement]:
         """One judgement per group, in the groups' order."""
+        ...
+
+
+@runtime_checkable
+class StagedJudge(Protocol):
+    """A judge that does something once a stage, which is several calls of `judge`: keeps what it paid for, counts."""
+
+    def stage(self, folder: Path, note: Callable[[str], None]) -> AbstractContextManager[object]:
+        """A block around all calls of a stage. `folder` is that of its judgements; `note` says one line to the user."""
         ...
 
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from selfplay.errors import RecipeError
 from selfplay.recipe import Recipe, resolve_path
 from selfplay.recipe_filters import FilterRecipe, PythonFilterRecipe
-from selfplay.recipe_judges import JudgeRecipe, LLMJudgeRecipe, PythonJudgeRecipe
+from selfplay.recipe_judges import ApiJudgeRecipe, JudgeRecipe, LLMJudgeRecipe, PythonJudgeRecipe
 from selfplay.recipe_pairs import PairsRecipe
 from selfplay.recipe_train import REFERENCE_KINDS
 
@@ -139,7 +139,9 @@ def _describe(fault: Any, data: dict[str, Any], where: str, lines: dict[tuple[st
     if fault["type"] in ("missing", "union_tag_not_found"):
         return f"{spot}: {dotted}: missing; this key is required"
     found = repr(fault["input"])
-    found = "" if isinstance(fault["input"], dict) else f" (found {found[:77] + '...' if len(found) > 80 else found})"
+    # where a key was written by mistake it must not be shown
+    hidden = isinstance(fault["input"], dict) or location[-1:] in (["api_key_env"], ["base_url"])
+    found = "" if hidden else f" (found {found[:77] + '...' if len(found) > 80 else found})"
     return f"{spot}: {dotted}: {fault['msg'].removeprefix('Value error, ')}{found}"
 
 
@@ -229,6 +231,8 @@ def _absolute_judge(judge: Any, folder: Path) -> Any:
     if isinstance(judge, LLMJudgeRecipe):
         model = judge.model if judge.model == "policy" else resolve_path(judge.model, folder)
         return judge.model_copy(update={"model": model, "template": resolve_path(judge.template, folder)})
+    if isinstance(judge, ApiJudgeRecipe):
+        return judge.model_copy(update={"template": resolve_path(judge.template, folder)})
     return judge
 
 

@@ -62,6 +62,11 @@ def print_run(run: Path, figures: Mapping[str, Any], console: Console) -> None:
         for row in done:
             for count in row["counts"].get("filters", []):  # runs from before there were filters have none
                 console.print(Text(f"round {row['round']}, filter {filter_line(count)}"))
+    audited = [row for row in done if row["audit"] is not None]
+    if audited:
+        print_table("audit of the judge", audit_table(audited), console)
+        for row in audited:
+            print_alarms(row, console)
     print_table("seconds of each stage", seconds_table(figures), console)
     for row in figures["rounds"]:
         if row["state"] != "done":
@@ -183,6 +188,24 @@ def filter_line(count: Mapping[str, Any]) -> str:
     added = f" + {count['num_added']} of earlier rounds" if count["num_added"] else ""
     name = safe_text(count["filter"])
     return f"{name}: {count['num_in']} pairs{added} - {count['num_dropped']} dropped = {count['num_out']}"
+
+
+def audit_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """A row per finished round; the figures of audit.py."""
+    columns = ("parsed", "ties", "swap agrees", "at the top", "score~length", "chosen longer", "calls", "cost")
+    table = _table("round", *columns)
+    for row in rows:
+        found, usage = row["audit"], row["judge_usage"] or {}
+        keys = ("parse_rate", "tie_rate", "swap_consistency", "ceiling_share", "length_correlation", "chosen_longer")
+        figures = [number(found[key]) for key in keys]
+        table.add_row(str(row["round"]), *figures, str(usage.get("num_calls", "-")), number(usage.get("cost"), 4))
+    return table
+
+
+def print_alarms(row: Mapping[str, Any], console: Console) -> None:
+    """What the audit of a round says is far out, one line each."""
+    for alarm in row["audit"]["alarms"]:
+        console.print(Text(f"round {row['round']}: ALARM: {alarm}", style="bold red"), soft_wrap=True)
 
 
 def reasons(counts: Mapping[str, int]) -> str:

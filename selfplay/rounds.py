@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from selfplay import metrics, store
+from selfplay.audit import audit
 from selfplay.errors import Stopped
 from selfplay.filters import make_filters
 from selfplay.models import open_generator
@@ -35,6 +36,7 @@ from selfplay.stages import (
     sampling_at,
     shards,
     timed,
+    usage_of,
     write_prompts,
 )
 from selfplay.train.settings import TrainJob, schedule_span, settings_at
@@ -96,7 +98,7 @@ def judge(round: Round, generator: Generator, groups: list[Group]) -> list[Judge
 def pair(round: Round, groups: list[Group], judgements: list[Judgement] | None) -> Selection:
     """The round's preference pairs."""
     run, recipe, seed = round.run, round.run.recipe.pairs, round.seed("pair")
-    return make_pairs(
+    selection = make_pairs(
         run.selector or make_selector(recipe, round.index, seed),
         groups,
         judgements,
@@ -106,6 +108,9 @@ def pair(round: Round, groups: list[Group], judgements: list[Judgement] | None) 
         judge=run.judge.identity if run.judge is not None else "",
         max_unparsed=recipe.unparsed_bound,
     )
+    for alarm in audit(groups, judgements, selection.pairs)["alarms"]:
+        round.run.report.note(f"round {round.index}: ALARM: {alarm}")
+    return selection
 
 
 def train_dpo(round: Round, selection: Selection) -> Path:
@@ -162,6 +167,7 @@ def finish_round(round: Round) -> None:
     folder = round.folder
     prompts = store.read_records(folder / "prompts.jsonl", Prompt)
     groups = [g for shard in shards(folder / "groups") for g in store.read_records(shard, Group)]
+    judged = [j for shard in shards(folder / "judgements") for j in store.read_records(shard, Judgement)]
     training = store.read_json(folder / "train" / "result.json")
     selection = read_selection(folder)
     num_completions = sum(len(g.completions) for g in groups)
@@ -188,6 +194,8 @@ def finish_round(round: Round) -> None:
                 "num_pairs_of_earlier_rounds": sum(p.origin_round < round.index for p in selection.pairs),
                 "num_pairs_too_long": training["num_too_long"],
             },
+            "audit": audit(groups, judged if round.run.judge is not None else None, selection.pairs),
+            "judge_usage": usage_of(folder / "judgements"),
             "train": training,
             "seconds": store.read_json(folder / "seconds.json"),
             "versions": versions(),

@@ -20,6 +20,7 @@ from selfplay.prompts import PromptPool, load_pool
 from selfplay.protocols import Judge, PairFilter, PairSelector
 from selfplay.recipe import Recipe
 from selfplay.recipe_file import check_recipe, differences, dump_recipe, parse_yaml
+from selfplay.recipe_judges import API_CONDUCT
 from selfplay.train.settings import require_optimizer
 from selfplay.types import PreferencePair, Prompt, derive_seed
 
@@ -200,16 +201,12 @@ def _same_recipe(recipe: Recipe, folder: Path) -> Recipe:
             else recipe.train,
         }
     )
-    elsewhere = [
-        "description:",
-        "model:",
-        "prompts.source:",
-        "prompts.heldout:",
-        "train.save_steps:",
-    ]  # run.json tells the first ones apart by content
+    # run.json tells a moved model or data set from another one; the rest changes no result
+    free = ["description", "model", "prompts.source", "prompts.heldout", "train.save_steps"]
+    free += [f"{section}.{key}" for section in ("judge", "evaluate.judge") for key in API_CONDUCT]
     if old.train.reference_path is not None and new.train.reference_path is not None:
-        elsewhere.append("train.reference:")
-    changed = [d for d in differences(old, new) if not d.startswith(tuple(elsewhere))]
+        free.append("train.reference")
+    changed = [d for d in differences(old, new) if d.partition(":")[0] not in free]
     if [d for d in changed if not d.startswith("rounds:")] or new.rounds < old.rounds:
         raise RecipeError(
             f"{folder} holds a run of another recipe; only more `rounds` may be asked of it. Take a new --out, or undo:\n  "

@@ -38,8 +38,9 @@ def read_groups(folder: str | Path) -> list[Group]:
 
 
 def read_judgements(folder: str | Path) -> list[Judgement]:
-    """The judgements of a folder of shards, such as runs/NAME/round-000/judgements."""
-    return [judgement for path in read_shards(folder) for judgement in store.read_records(path, Judgement)]
+    """The judgements of a folder of shards, such as runs/NAME/round-000/judgements, or of one file."""
+    paths = [Path(folder)] if Path(folder).is_file() else read_shards(folder)
+    return [judgement for path in paths for judgement in store.read_records(path, Judgement)]
 
 
 def read_shards(folder: str | Path) -> list[Path]:
@@ -98,24 +99,40 @@ def judge(
     recipe: Recipe, groups: Path, out: Path, *, model: str | None, round: int, allow_code: bool, report: Reporter
 ) -> list[Judgement]:
     """The judge's scores of the groups in a folder, as shards in `out`. `model` is the policy, for a judge that is one."""
+    found, digests = read_groups(groups), [store.file_digest(path) for path in read_shards(groups)]
+    inputs = {"stage": "judge", "round": round, "groups": digests}
+    return judge_here(recipe, found, out, inputs, model=model, round=round, allow_code=allow_code, report=report)
+
+
+def judge_here(
+    recipe: Recipe,
+    groups: Sequence[Group],
+    out: Path,
+    inputs: dict[str, Any],
+    *,
+    model: str | None,
+    round: int,
+    allow_code: bool,
+    report: Reporter,
+) -> list[Judgement]:
+    """The judge's scores of groups, as shards in `out`; `inputs` says whose work that folder holds."""
     if recipe.judge is None:
         raise RecipeError("judge: the recipe has none")
-    found, digests = read_groups(groups), [store.file_digest(path) for path in read_shards(groups)]
     asked = open_judge(recipe, recipe.judge, allow_code=allow_code)
     own = isinstance(recipe.judge, LLMJudgeRecipe) and recipe.judge.model == "policy"
     if own and model is None:
         raise RecipeError("judge.model is the policy itself: name it with --model")
-    identity = {"stage": "judge", "round": round, "judge": asked.identity, "groups": digests, "model": None}
+    identity = inputs | {"judge": asked.identity, "model": None}
     seed = derive_seed(recipe.seed, round, "judge")
     if not own or model is None:
         with claimed(out, identity, report), room_for_judge(asked, None):
-            return judge_groups(asked, found, JudgeContext(round, seed), out, report, f"round {round}, judging")
+            return judge_groups(asked, groups, JudgeContext(round, seed), out, report, f"round {round}, judging")
     recipe, folder = resolve_auto(recipe), local_model(model)
     identity["model"] = store.weights_digest(folder)
     chat, engine_seed = load_chat(str(folder), recipe.chat), derive_seed(recipe.seed, round, "engine")
     with claimed(out, identity, report), open_generator(recipe.generator, folder, chat, seed=engine_seed) as generator:
         context = JudgeContext(round, seed, generator)
-        return judge_groups(asked, found, context, out, report, f"round {round}, judging")
+        return judge_groups(asked, groups, context, out, report, f"round {round}, judging")
 
 
 def open_judge(recipe: Recipe, asked: JudgeRecipe, *, allow_code: bool) -> Judge:

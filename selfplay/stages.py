@@ -8,16 +8,18 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from selfplay import store
 from selfplay.errors import GeneratorError, NoPairsError, StorageError
 from selfplay.filters import FilterCounts, NamedFilter, apply_filters
 from selfplay.generators.generator import EngineGenerator
 from selfplay.judges.contract import check_unparsed, judge_checked
+from selfplay.judges.journal import USAGE
 from selfplay.judges.llm import LLMJudge
 from selfplay.pairs import Selection, select_pairs
 from selfplay.progress import Advance, Reporter
-from selfplay.protocols import FilterContext, Generator, Judge, JudgeContext, PairSelector
+from selfplay.protocols import FilterContext, Generator, Judge, JudgeContext, PairSelector, StagedJudge
 from selfplay.recipe import GeneratorRecipe
 from selfplay.recipe_values import at_round
 from selfplay.types import Drop, Group, Judgement, PreferencePair, Prompt, Sampling
@@ -122,7 +124,10 @@ def judge_groups(
             chunk = groups[number : number + SHARD_PROMPTS]
             path = shard_path(folder, number // SHARD_PROMPTS)
             if not path.exists():
-                advance = advance or stack.enter_context(report.stage(name, len(groups), "prompts"))
+                if advance is None:
+                    advance = stack.enter_context(report.stage(name, len(groups), "prompts"))
+                    if isinstance(judge, StagedJudge):
+                        stack.enter_context(judge.stage(folder, report.note))
                 store.write_records(path, judge_checked(judge, chunk, context), Judgement)
                 advance(number + len(chunk))
             found = store.read_records(path, Judgement)
@@ -130,6 +135,13 @@ def judge_groups(
                 raise StorageError(f"{path}: holds the judgements of other prompts; delete it to judge anew")
             judgements += found
     return judgements
+
+
+def usage_of(judgements: Path) -> dict[str, Any] | None:
+    """What the judging of a folder has asked of an endpoint: calls, tokens, cost. None where none was asked."""
+    path = judgements / USAGE
+    found: dict[str, Any] | None = store.read_json(path) if path.exists() else None
+    return found
 
 
 @contextlib.contextmanager

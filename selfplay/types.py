@@ -73,12 +73,15 @@ class Group:
 class Judgement:
     """A score per completion of a group, in its order; higher is better. None means no verdict, and never a number.
 
-    `notes` says per completion why there is no verdict, or what the judge remarked.
+    `notes` says per completion why there is no verdict, or what the judge remarked. Of a pairwise judge `num_compared` is
+    how many comparisons have a verdict in both orders, and `num_flipped` in how many of these the orders contradict.
     """
 
     prompt_id: str
     scores: tuple[float | None, ...]
     notes: tuple[str, ...] = ()
+    num_compared: int = 0
+    num_flipped: int = 0
 
 
 @dataclass(frozen=True, slots=True)

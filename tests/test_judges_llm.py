@@ -30,6 +30,14 @@ LABELS = parse_template(
 )
 
 
+PAIRWISE = load_template("pairwise_helpfulness", Path())
+PAIRWISE_LABELS = parse_template(
+    "---\nname: l\nversion: 1\nmode: pairwise\nlabels: {the: 1, and: 0}\n---\n[user]\n{completion_a}\n{completion_b}",
+    where="l",
+    digest="d",
+)
+
+
 @pytest.fixture(scope="module")
 def chat():
     tokenizer = make_tiny_tokenizer()
@@ -281,3 +289,67 @@ def test_no_groups_and_empty_groups_ask_nothing(chat):
     assert make_judge().judge([], JudgeContext(generator=model)) == []
     assert make_judge(LABELS, verdict="labels").judge([make_group()], JudgeContext(generator=model))[0].scores == ()
     assert model.requests == []
+
+
+def first_shown(text):
+    """The text of completion A in a judge prompt."""
+    return text.split("<<<completion A")[1].split(">>>\n")[1].split("\n<<<end")[0]
+
+
+def test_a_pairwise_template_asks_both_orders_and_undoes_the_swap(chat):
+    def say(text, request):
+        return "Better: A" if first_shown(text) == "wren" else "Better: B"
+
+    model = ScriptedModel(chat, say)
+    judgement = judge_checked(make_judge(PAIRWISE), [make_group("owl", "wren")], JudgeContext(generator=model))[0]
+    assert judgement.scores == (0.0, 1.0)
+    assert (judgement.num_compared, judgement.num_flipped) == (1, 0)
+    shown = {first_shown(chat.tokenizer.decode(list(r.prompt_token_ids))) for r in model.requests}
+    assert shown == {"owl", "wren"}
+    assert len({request.seed for request in model.requests}) == 2
+
+
+@pytest.mark.parametrize("word", ["A", "B"])
+def test_a_judge_that_always_names_the_same_place_gives_ties_only(chat, word):
+    model = ScriptedModel(chat, lambda text, request: f"Better: {word}")
+    judgement = make_judge(PAIRWISE).judge([make_group("x", "y", "z")], JudgeContext(generator=model))[0]
+    assert judgement.scores == (0.5, 0.5, 0.5)
+    assert (judgement.num_compared, judgement.num_flipped) == (3, 3)
+    labels = make_judge(PAIRWISE_LABELS, verdict="labels")
+    judgement = labels.judge([make_group("x", "y")], JudgeContext(generator=ScriptedModel(chat)))[0]
+    assert judgement.scores == (0.5, 0.5)
+
+
+def test_an_unreadable_order_leaves_its_comparison_out_with_the_reason(chat):
+    def say(text, request):
+        return "Hm." if first_shown(text) == "odd" else "Better: tie"
+
+    judgement = make_judge(PAIRWISE).judge(
+        [make_group("odd", "b", "c")], JudgeContext(generator=ScriptedModel(chat, say))
+    )[0]
+    assert judgement.scores == (None, 0.5, 0.5)
+    assert judgement.notes[0].startswith('no comparison got a verdict in both orders; no line "Better: <choice>"')
+    assert judgement.num_compared == 1
+
+
+def test_several_pairwise_verdicts_are_averaged_before_the_swap_is_undone(chat):
+    def say(text, request):
+        wins = first_shown(text) == "wren"
+        return "Better: tie" if request.id.endswith("/0") else f"Better: {'A' if wins else 'B'}"
+
+    judgement = make_judge(PAIRWISE, num_verdicts=2).judge(
+        [make_group("wren", "owl")], JudgeContext(generator=ScriptedModel(chat, say))
+    )[0]
+    assert judgement.scores == (0.75, 0.25)
+
+
+@given(order=st.permutations(range(3)))
+def test_the_order_of_completions_is_irrelevant_to_a_pairwise_judge(chat, order):
+    def say(text, request):
+        return "Better: A" if len(first_shown(text)) == 3 else "Better: tie"
+
+    texts = ["one", "three", "eleven"]
+    context = JudgeContext(generator=ScriptedModel(chat, say))
+    straight = make_judge(PAIRWISE).judge([make_group(*texts)], context)[0].scores
+    mixed = make_judge(PAIRWISE).judge([make_group(*(texts[n] for n in order))], context)[0].scores
+    assert mixed == tuple(straight[n] for n in order)

@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 
 import selfplay.judges.template as template_module
 from selfplay.errors import RecipeError
-from selfplay.judges.template import BUILTIN, ScoreLine, fenced, load_template, parse_template
+from selfplay.judges.template import BUILTIN, COMPLETIONS, fenced, load_template, parse_template
+from selfplay.judges.verdicts import ChoiceLine, ScoreLine
 from selfplay.types import Completion, Message, Prompt
 
 LINE = ScoreLine(line="Score: <n>", min=0, max=5)
 HEAD = "---\nname: t\nversion: 1\nmode: pointwise\nparse: {line: 'Score: <n>', min: 0, max: 5}\n---\n"
+PAIRWISE = "---\nname: t\nversion: 1\nmode: pairwise\nparse: {line: 'Better: <choice>', choices: {A: 1, B: 0}}\n---\n"
 PROMPT = Prompt("p", (Message("system", "be brief"), Message("user", "name a bird")), gold="wren")
 
 GOOD = {
@@ -192,20 +194,72 @@ def test_the_system_body_is_the_first_turn_and_the_prompts_own_system_turn_is_da
     assert fenced("system prompt", "be brief") in user.content
 
 
+def filled(template):
+    """The last turn of a judge prompt, with as many completions as the template shows."""
+    completions = [Completion(text) for text in ("a wren", "an owl")]
+    return template.fill(PROMPT, *completions[: len(COMPLETIONS[template.head.mode])])[-1].content
+
+
 @pytest.mark.parametrize("name", BUILTIN)
 def test_shipped_templates_load_and_show_prompt_and_completion_last(name):
     template = load_template(name, Path("/nowhere"))
     assert template.head.name == name
-    assert not template.needs_gold
-    content = template.fill(PROMPT, Completion("a wren"))[-1].content
+    assert template.needs_gold == (name == "correctness")
+    content = filled(template)
     assert content.index("<<<prompt") < content.index("<<<completion")
     assert content.index("<<<prompt") > len(content) / 2
 
 
-def test_the_form_shown_in_the_additive_template_is_no_verdict_when_repeated():
-    template = load_template("additive", Path())
-    verdict = template.head.parse.read(template.user)
-    assert verdict.score is None
+@pytest.mark.parametrize("name", [name for name in BUILTIN if name != "yes_no"])
+def test_the_form_that_a_shipped_template_shows_is_no_verdict_when_repeated(name):
+    template = load_template(name, Path())
+    assert template.head.parse.read(template.user).score is None
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "score"),
+    [
+        ("pairwise_helpfulness", "Reasons.\nBetter: A", 1),
+        ("pairwise_helpfulness", "Better: [[b]]", 0),
+        ("pairwise_helpfulness", "**Better:** Completion B.", 0),
+        ("pairwise_helpfulness", "Better: Tie", 0.5),
+        ("pairwise_helpfulness", "Better: A or B", None),
+        ("pairwise_helpfulness", "Better: A\nBetter: B", None),
+        ("pairwise_helpfulness", "A", None),
+        ("correctness", "Verdict: correct", 1),
+        ("correctness", "The final answer is 4.\n`Verdict: Incorrect.`", 0),
+        ("correctness", "Verdict: not correct", None),
+        ("correctness", "Verdict: 1", None),
+        ("safety", "Safety: 3", 3),
+        ("safety", "Safety: 0/3", 0),
+        ("safety", "Safety: 4", None),
+        ("safety", "Safety: safe", None),
+    ],
+)
+def test_shipped_templates_read_their_own_verdicts(name, text, score):
+    verdict = load_template(name, Path()).head.parse.read(text)
+    assert verdict.score == score
+    assert (score is None) == bool(verdict.note)
+
+
+def test_a_choice_that_max_tokens_cut_is_none():
+    line = ChoiceLine(line="Better: <choice>", choices={"A": 1, "B": 0})
+    assert line.read("Better: A", cut=True).score is None
+    assert line.read("Better: A\nfor", cut=True).score == 1
+
+
+@given(text=st.lists(pieces | st.sampled_from(["A", "B", "tie", "Score: A"]), max_size=8).map("".join))
+def test_any_text_gives_a_choices_score_or_none_with_a_note(text):
+    verdict = ChoiceLine(line="Score: <choice>", choices={"A": 1, "B": 0, "tie": 0.5}).read(text)
+    assert verdict.score in (0, 0.5, 1) or (verdict.score is None and verdict.note)
+
+
+def test_a_pairwise_template_shows_both_completions_with_the_prompt_first():
+    template = load_template("pairwise_helpfulness", Path())
+    content = filled(template)
+    assert content.index(fenced("completion A", "a wren")) < content.index(fenced("completion B", "an owl"))
+    swapped = template.fill(PROMPT, Completion("an owl"), Completion("a wren"))[-1].content
+    assert content.split("<<<completion A")[0] == swapped.split("<<<completion A")[0]
 
 
 def test_a_template_file_is_found_from_the_base_folder_and_any_change_changes_its_digest(tmp_path):
@@ -236,6 +290,14 @@ BROKEN = {
     "nan": HEAD.replace("max: 5", "max: .nan") + "[user]\n{completion}",
     "no verdict": "---\nname: t\nversion: 1\nmode: pointwise\n---\n[user]\n{completion}",
     "one label": "---\nname: t\nversion: 1\nmode: pointwise\nlabels: {yes: 1}\n---\n[user]\n{completion}",
+    "pairwise without B": PAIRWISE + "[user]\n{completion_a}",
+    "a pairwise field in a pointwise template": HEAD + "[user]\n{completion} {completion_a}",
+    "a pointwise field in a pairwise template": PAIRWISE + "[user]\n{completion} {completion_a} {completion_b}",
+    "a pairwise number": HEAD.replace("pointwise", "pairwise") + "[user]\n{completion_a} {completion_b}",
+    "a pairwise choice above 1": PAIRWISE.replace("A: 1", "A: 2") + "[user]\n{completion_a} {completion_b}",
+    "equal choices": PAIRWISE.replace("B: 0", "B: 1") + "[user]\n{completion_a} {completion_b}",
+    "choices that read the same": PAIRWISE.replace("B: 0", "'a.': 0") + "[user]\n{completion_a} {completion_b}",
+    "choices on a line for a number": PAIRWISE.replace("<choice>", "<n>") + "[user]\n{completion_a} {completion_b}",
     "equal labels": "---\nname: t\nversion: 1\nmode: pointwise\nlabels: {a: 1, b: 1}\n---\n[user]\n{completion}",
 }
 
@@ -251,6 +313,11 @@ def test_a_misspelt_field_or_key_gets_a_hint():
         parse_template(BROKEN["unknown field"], where="t", digest="")
     with pytest.raises(RecipeError, match=r'vresion.*did you mean "version"'):
         parse_template(BROKEN["unknown key"], where="t", digest="")
+
+
+def test_a_pairwise_template_as_in_the_broken_ones_is_right_without_its_fault():
+    template = parse_template(PAIRWISE + "[user]\n{completion_a} {completion_b}", where="t", digest="")
+    assert template.head.parse.read("Better: B").score == 0
 
 
 def test_a_missing_or_unreadable_template_names_the_shipped_ones(tmp_path):

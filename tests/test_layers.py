@@ -38,12 +38,15 @@ ORDER = (
     "losses",
     "train/",
     "evaluate",
+    "agreement",
+    "audit",
     "stages",
     "panel",
     "metrics",
     "run",
     "rounds",
     "single",
+    "calibrate",
     "single_train",
     "report",
     "plan",
@@ -54,7 +57,7 @@ ORDER = (
     "__init__",
     "__main__",
 )
-HEAVY = ("torch", "transformers", "vllm", "datasets", "accelerate", "trl")
+HEAVY = ("torch", "transformers", "vllm", "datasets", "accelerate", "trl", "openai", "httpx2")
 
 
 def layer_of(file: Path) -> str:

@@ -92,11 +92,13 @@ def test_the_readmes_python_block_runs(checkout: list[str], tmp_path: Path, monk
     assert selfplay.status(tmp_path / "runs" / "shorter")["rounds"][0]["state"] == "done"
 
 
-def test_the_readmes_piece_of_a_recipe_is_a_valid_one() -> None:
-    (block,) = (text for language, text in BLOCKS if language == "yaml")
-    prompts = {"source": "p.jsonl", "deal": "same"}
-    recipe = check_recipe({"model": "m", "prompts": prompts, **parse_yaml(block, "README.md")[0]}, "README.md")
-    assert [one.kind for one in recipe.pairs.filters] == ["mix_previous", "near_duplicates"]
+def test_the_readmes_pieces_of_recipes_are_valid() -> None:
+    pieces = [parse_yaml(text, "README.md")[0] for language, text in BLOCKS if language == "yaml"]
+    base = {"model": "m", "prompts": {"source": "p.jsonl", "deal": "same"}}
+    recipes = [check_recipe({**base, **piece}, "README.md") for piece in pieces]
+    judges = [recipe.judge.kind for recipe in recipes if recipe.judge is not None]
+    assert judges == ["api"]
+    assert [one.kind for recipe in recipes for one in recipe.pairs.filters] == ["mix_previous", "near_duplicates"]
 
 
 def test_the_readmes_tables_name_every_strategy_and_filter() -> None:

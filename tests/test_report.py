@@ -9,11 +9,13 @@ from rich.console import Console
 from rich.text import Text
 
 from selfplay.report import (
+    audit_table,
     drops_table,
     filter_line,
     interval,
     number,
     panel_table,
+    print_alarms,
     print_gain,
     print_group,
     print_table,
@@ -179,3 +181,15 @@ def test_a_filter_says_what_came_in_what_went_and_what_is_left() -> None:
     assert filter_line(count) == "mix_previous: 10 pairs + 4 of earlier rounds - 0 dropped = 14"
     count = {"filter": "own\x1b[31m", "num_in": 10, "num_added": 0, "num_dropped": 3, "num_out": 7}
     assert filter_line(count) == "own: 10 pairs - 3 dropped = 7"
+
+
+def test_the_audit_shows_each_figure_a_dash_for_what_is_missing_and_the_alarms() -> None:
+    keys = ("parse_rate", "tie_rate", "swap_consistency", "ceiling_share", "length_correlation", "chosen_longer")
+    found = dict.fromkeys(keys, 0.25) | {"swap_consistency": None, "alarms": ["the chosen completion is \x1b[1m long"]}
+    row = {"round": 3, "audit": found, "judge_usage": {"num_calls": 7, "cost": 0.5}}
+    said = printed(audit_table([row, row | {"judge_usage": None}]))
+    assert said.count("0.250") == 2 * 5
+    assert "0.5000" in said
+    console = Console(file=io.StringIO(), width=110)
+    print_alarms(row, console)
+    assert console.file.getvalue().startswith("round 3: ALARM: the chosen completion")  # type: ignore[attr-defined]

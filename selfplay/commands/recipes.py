@@ -9,7 +9,7 @@ import typer
 from selfplay.errors import RecipeError, StorageError
 from selfplay.recipe import Recipe
 from selfplay.recipe_file import load_recipe
-from selfplay.recipe_judges import LLMJudgeRecipe, PythonJudgeRecipe
+from selfplay.recipe_judges import ApiJudgeRecipe, LLMJudgeRecipe, PythonJudgeRecipe
 
 recipes_app = typer.Typer(help="List the recipes that come with selfplay, or copy one.")
 
@@ -59,7 +59,7 @@ def files_of(recipe: Recipe, folder: Path) -> list[Path]:
     """The files in `folder` that a recipe names: data, chat template, judge template, judge program."""
     texts = [recipe.prompts.source, recipe.prompts.heldout, recipe.chat.chat_template]
     for judge in (recipe.judge, recipe.evaluate.judge):
-        texts += [judge.template] if isinstance(judge, LLMJudgeRecipe) else []
+        texts += [judge.template] if isinstance(judge, LLMJudgeRecipe | ApiJudgeRecipe) else []
         texts += [judge.target.partition(":")[0]] if isinstance(judge, PythonJudgeRecipe) else []
     paths = dict.fromkeys(Path(text) for text in texts if isinstance(text, str))
     return [path for path in paths if path.is_relative_to(folder) and path.is_file()]

@@ -7,13 +7,14 @@ import typer
 
 from selfplay.commands.options import Overrides
 from selfplay.errors import DataError, RecipeError, SelfplayError
+from selfplay.judges.api_key import read_key
 from selfplay.judges.template import load_template
 from selfplay.judges.verifier import validate_checks
 from selfplay.models import local_model
 from selfplay.recipe import Recipe
 from selfplay.recipe_file import load_recipe
 from selfplay.recipe_filters import PythonFilterRecipe
-from selfplay.recipe_judges import JudgeRecipe, LLMJudgeRecipe, PythonJudgeRecipe, VerifierRecipe
+from selfplay.recipe_judges import ApiJudgeRecipe, JudgeRecipe, LLMJudgeRecipe, PythonJudgeRecipe, VerifierRecipe
 from selfplay.report import safe_text
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -78,6 +79,9 @@ def _check_judge(key: str, judge: JudgeRecipe) -> None:
         load_template(judge.template, Path())
         if judge.model != "policy":
             _check_model(f"{key}.model", judge.model)
+    elif isinstance(judge, ApiJudgeRecipe):
+        load_template(judge.template, Path())
+        read_key(judge)
     elif isinstance(judge, PythonJudgeRecipe):
         _check_target(key, judge.target)
 

@@ -1,12 +1,21 @@
-"""Judges: verifier (rules), llm (a model reads), python (the user's own), rouge_l (likeness to gold), coin (the control).
-See `make_judge`."""
+"""Judges: verifier (rules), llm (a model reads), api (a model behind an endpoint reads), python (the user's own), rouge_l
+(likeness to gold), coin (the control). See `make_judge`.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from selfplay.errors import RecipeError
 from selfplay.protocols import Judge
-from selfplay.recipe_judges import CoinRecipe, JudgeRecipe, LLMJudgeRecipe, PythonJudgeRecipe, RougeLRecipe
+from selfplay.recipe_judges import (
+    ApiJudgeRecipe,
+    CoinRecipe,
+    JudgeRecipe,
+    LLMJudgeRecipe,
+    PythonJudgeRecipe,
+    RougeLRecipe,
+)
 
 
 def make_judge(
@@ -27,6 +36,8 @@ def make_judge(
         return load_python_judge(recipe.target, Path(), allow_code=allow_code)
     if isinstance(recipe, LLMJudgeRecipe):
         return _llm_judge(recipe, open_model)
+    if isinstance(recipe, ApiJudgeRecipe):
+        return _api_judge(recipe)
     from selfplay.judges.verifier import Verifier
 
     return Verifier(tuple(recipe.checks), score=recipe.score, truncated_fails=recipe.truncated_fails)
@@ -51,3 +62,15 @@ def _llm_judge(recipe: LLMJudgeRecipe, open_model: Callable[[str], Any] | None) 
         generator_factory=(lambda: open_model(recipe.model)) if own and open_model is not None else None,
         system_prompt=recipe.system_prompt,
     )
+
+
+def _api_judge(recipe: ApiJudgeRecipe) -> Judge:
+    from selfplay.judges.api_key import read_key
+    from selfplay.judges.template import load_template
+
+    key = read_key(recipe)
+    try:
+        from selfplay.judges.api import ApiJudge
+    except ModuleNotFoundError as error:
+        raise RecipeError(f'judge.kind api needs the package {error.name}: pip install "selfplay-dpo[api]"') from error
+    return ApiJudge(load_template(recipe.template, Path()), recipe, key)

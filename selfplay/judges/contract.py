@@ -90,7 +90,10 @@ def _check_one(group: Group, judgement: object, judge_identity: str) -> Judgemen
             "One score per completion, None for no verdict."
         )
     scores = tuple(as_score(score, f"{where}, completion {k}") for k, score in enumerate(judgement.scores))
-    return Judgement(judgement.prompt_id, scores, _check_notes(judgement, where))
+    compared, flipped = judgement.num_compared, judgement.num_flipped
+    if not (isinstance(compared, int) and isinstance(flipped, int) and 0 <= flipped <= compared):
+        raise JudgeError(f"{where}: num_compared {compared!r} and num_flipped {flipped!r} are no such counts.")
+    return replace(judgement, scores=scores, notes=_check_notes(judgement, where))
 
 
 def check_judgements(groups: Sequence[Group], judgements: object, judge_identity: str) -> list[Judgement]:

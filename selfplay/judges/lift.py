@@ -15,18 +15,19 @@ import inspect
 import math
 import platform
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import permutations
 from pathlib import Path
 from types import CellType, CodeType, FunctionType, MethodType
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 from selfplay.errors import JudgeError
 from selfplay.judges.contract import Blamed, as_score
 from selfplay.protocols import JudgeContext
 from selfplay.types import Completion, Group, Judgement, Prompt
 
+T = TypeVar("T")
 Verdict = float | bool | None
 PointwiseFunction = Callable[[Prompt, Completion], Verdict | Awaitable[Verdict]]
 PairwiseFunction = Callable[[Prompt, Completion, Completion], Verdict | Awaitable[Verdict]]
@@ -57,12 +58,16 @@ async def _call_side_by_side(function: Callable[..., Any], calls: Sequence[Call]
 
 
 def _call_all(function: Callable[..., Any], calls: Sequence[Call], max_concurrency: int) -> list[Any]:
-    """The value of every call, in order. An event loop that already runs (a notebook) can't be re-entered, so then the
-    calls get a loop in a thread of their own.
-    """
+    """The value of every call, in order."""
     if not (inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)):
         return _call_one_by_one(function, calls)
-    work = _call_side_by_side(function, calls, max_concurrency)
+    return run_async(_call_side_by_side(function, calls, max_concurrency))
+
+
+def run_async(work: Coroutine[Any, Any, T]) -> T:
+    """What `work` returns. An event loop that already runs (a notebook) can't be re-entered, so then it gets a loop in a
+    thread of its own.
+    """
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -201,7 +206,7 @@ class PairwiseJudge:
         judgements = []
         for group, orders in zip(groups, asked, strict=True):
             first_wins = {(i, j): _as_probability(next(values), self._where(group, i, j)) for i, j in orders}
-            judgements.append(_win_rates(group, first_wins))
+            judgements.append(win_rates(group, first_wins))
         return judgements
 
     def _where(self, group: Group, i: int, j: int) -> str:
@@ -215,30 +220,40 @@ def _as_probability(value: object, where: str) -> float | None:
     return probability
 
 
-def _win_rates(group: Group, first_wins: dict[tuple[int, int], float | None]) -> Judgement:
-    """Mean win rates from `first_wins[i, j]` = P(i beats j) as said when i was shown first."""
+def win_rates(
+    group: Group, first_wins: Mapping[tuple[int, int], float | None], why: Mapping[tuple[int, int], str] | None = None
+) -> Judgement:
+    """Mean win rates from `first_wins[i, j]` = P(i beats j) as said when i was shown first; see PairwiseJudge. `why` says
+    of orders without a verdict what was wrong.
+    """
     num_completions = len(group.completions)
+    rates: dict[tuple[int, int], float] = {}
+    flipped: set[tuple[int, int]] = set()
+    for (i, j), forth in first_wins.items():
+        back = first_wins.get((j, i))
+        if forth is None or back is None:
+            continue
+        if (forth - 0.5) * (back - 0.5) > 0:
+            flipped.add((i, j))
+        rates[i, j] = 0.5 if (i, j) in flipped else (forth + 1 - back) / 2
     scores: list[float | None] = []
     notes: list[str] = []
     for i in range(num_completions):
-        rates, num_flips = [], 0
-        for j in range(num_completions):
-            forth, back = first_wins.get((i, j)), first_wins.get((j, i))
-            if forth is None or back is None:
-                continue
-            flipped = (forth - 0.5) * (back - 0.5) > 0
-            num_flips += flipped
-            rates.append(0.5 if flipped else (forth + 1 - back) / 2)
-        scores.append(math.fsum(rates) / len(rates) if rates else None)
-        notes.append(_pairwise_note(num_completions - 1, len(rates), num_flips))
-    return Judgement(group.prompt.id, tuple(scores), tuple(notes))
+        own = [rate for (one, _), rate in rates.items() if one == i]
+        num_flips = sum(one == i for one, _ in flipped)
+        scores.append(math.fsum(own) / len(own) if own else None)
+        reason = next((note for places, note in (why or {}).items() if i in places), "")
+        notes.append(_pairwise_note(num_completions - 1, len(own), num_flips, reason))
+    # both hold (i, j) and (j, i)
+    compared, contradicted = len(rates) // 2, len(flipped) // 2
+    return Judgement(group.prompt.id, tuple(scores), tuple(notes), num_compared=compared, num_flipped=contradicted)
 
 
-def _pairwise_note(num_others: int, num_compared: int, num_flips: int) -> str:
+def _pairwise_note(num_others: int, num_compared: int, num_flips: int, reason: str) -> str:
     if num_others == 0:
         return "nothing to compare with: the group has one completion"
     if num_compared == 0:
-        return "no comparison got a verdict in both orders"
+        return "no comparison got a verdict in both orders" + (f"; {reason}" if reason else "")
     missing = [f"{num_others - num_compared} of {num_others} comparisons without a verdict"]
     flips = [f"{num_flips} of {num_compared} comparisons changed with the order"]
     return "; ".join((missing if num_compared < num_others else []) + (flips if num_flips else []))

@@ -1,12 +1,11 @@
-"""A model as a judge: asked about every completion in words, its verdict read from its text or from label
-probabilities.
+"""A model as a judge: asked in words about every completion, or every two of them, its verdict read from its text or from
+label probabilities.
 
 Self-Rewarding Language Models (arXiv:2401.10020): the policy itself judges, several verdicts are drawn, and the score
 is the mean of those that can be read. With `model="policy"` the judge asks the policy's engine, which is loaded
 already.
 """
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -16,9 +15,11 @@ from typing import Literal, Protocol, Self, runtime_checkable
 from selfplay.chat import Chat
 from selfplay.errors import GeneratorError, RecipeError
 from selfplay.generators.engine import Request, Result
-from selfplay.judges.template import PARSER_VERSION, JudgeTemplate, TemplateHead, Verdict
+from selfplay.judges.questions import Place, Questions, check_readable
+from selfplay.judges.template import JudgeTemplate
+from selfplay.judges.verdicts import Verdict
 from selfplay.protocols import JudgeContext
-from selfplay.types import Completion, Group, Judgement, Message, Prompt, Sampling, derive_seed
+from selfplay.types import Group, Judgement, Message, Sampling
 
 
 class _Sized(Protocol):
@@ -48,11 +49,12 @@ class JudgeModel(Protocol):
 
 
 class LLMJudge:
-    """Scores every completion by what a judge model says about it.
+    """Scores every completion by what a judge model says about it; with a pairwise template, by its mean probability of
+    beating another one (see lift.py).
 
-    `verdict="parse"`: `num_verdicts` texts are drawn at `temperature` and `top_p`, up to `max_tokens` each; the score
-    is the mean of the verdicts that can be read, None where none can. `verdict="labels"`: nothing is drawn; the score
-    is the expected score sum_i p_i v_i over the template's labels, p renormalised over them.
+    `verdict="parse"`: `num_verdicts` texts are drawn at `temperature` and `top_p`, up to `max_tokens` each; the verdict
+    is the mean of those that can be read, None where none can. `verdict="labels"`: nothing is drawn; the verdict is the
+    expected value sum_i p_i v_i over the template's labels, p renormalised over them.
 
     `model` is "policy" (then `context.generator` is asked) or the digest of another model, which `generator_factory`
     opens when the first group is judged and `close()`, or the end of a `with` block, frees. `system_prompt` stands in
@@ -76,13 +78,14 @@ class LLMJudge:
             raise RecipeError(
                 "judge.model: the policy judges on its own engine; any other model needs a generator_factory."
             )
-        _check_fits(template.head, verdict, num_verdicts, temperature)
-        self.template = template
+        self.questions = Questions(template, num_verdicts, system_prompt)
+        if verdict == "labels":
+            _check_labels(self.questions)
+        else:
+            check_readable(self.questions, temperature)
         self.verdict = verdict
-        self.num_verdicts = num_verdicts
         self.sampling = Sampling(temperature=temperature, top_p=top_p, max_tokens=max_tokens)
         self.model = model
-        self.system_prompt = system_prompt
         self._factory = generator_factory
         self._open = ExitStack()
         self._own: JudgeModel | None = None
@@ -90,20 +93,8 @@ class LLMJudge:
     @property
     def identity(self) -> str:
         """Model, template, parser version and how verdicts are drawn: whatever a verdict depends on, seeds apart."""
-        head = self.template.head
-        how = "labels"
-        if self.verdict == "parse":
-            s = self.sampling
-            how = f"{self.num_verdicts}x T{s.temperature:g} p{s.top_p:g} max{s.max_tokens}"
-        system = (
-            ""
-            if self.system_prompt is None
-            else f" system:{hashlib.sha256(self.system_prompt.encode()).hexdigest()[:16]}"
-        )
-        return (
-            f"llm:{self.model} template:{head.name} v{head.version} {self.template.digest} "
-            f"parser:{PARSER_VERSION} {how}{system}"
-        )
+        how = "labels" if self.verdict == "labels" else self.questions.drawn(self.sampling)
+        return f"llm:{self.model} {self.questions.identity(how)}"
 
     def close(self) -> None:
         """Frees the judge's own model, if it was opened. Calling it twice is fine."""
@@ -123,23 +114,18 @@ class LLMJudge:
         """
         model = self._model(context)
         chat = _chat(model)
-        verdicts: dict[tuple[int, int], Verdict] = {}
-        asked: dict[tuple[int, int], tuple[int, ...]] = {}
-        for g, group in enumerate(groups):
-            for k, completion in enumerate(group.completions):
-                found = self._judge_prompt(chat, model.engine.max_model_len, group.prompt, completion)
-                if isinstance(found, Verdict):
-                    verdicts[g, k] = found
-                else:
-                    asked[g, k] = found
+        verdicts: dict[Place, Verdict] = {}
+        asked: dict[Place, tuple[int, ...]] = {}
+        for place, question in self.questions.ask(groups).items():
+            found = question if isinstance(question, Verdict) else self._encode(chat, model, question)
+            if isinstance(found, Verdict):
+                verdicts[place] = found
+            else:
+                asked[place] = found
         verdicts |= (
             self._labels(model, asked) if self.verdict == "labels" else self._texts(model, asked, groups, context)
         )
-        judgements = []
-        for g, group in enumerate(groups):
-            row = [verdicts[g, k] for k in range(len(group.completions))]
-            judgements.append(Judgement(group.prompt.id, tuple(v.score for v in row), tuple(v.note for v in row)))
-        return judgements
+        return self.questions.judgements(groups, verdicts)
 
     def _model(self, context: JudgeContext) -> JudgeModel:
         if self._factory is not None:
@@ -154,16 +140,9 @@ class LLMJudge:
             )
         return context.generator
 
-    def _judge_prompt(
-        self, chat: Chat, max_model_len: int, prompt: Prompt, completion: Completion
-    ) -> tuple[int, ...] | Verdict:
-        """The token ids of the judge prompt, or why there is none."""
-        if self.template.needs_gold and prompt.gold is None:
-            return Verdict(None, "the template asks for the gold answer, and the prompt has none")
-        messages = self.template.fill(prompt, completion)
-        if self.system_prompt is not None:
-            messages = (Message("system", self.system_prompt), messages[-1])
-        token_ids = chat.encode_messages(messages)
+    def _encode(self, chat: Chat, model: JudgeModel, messages: Sequence[Message]) -> tuple[int, ...] | Verdict:
+        """The token ids of a judge prompt, or no verdict where they don't fit."""
+        token_ids, max_model_len = chat.encode_messages(messages), model.engine.max_model_len
         num_new = 1 if self.verdict == "labels" else self.sampling.max_tokens
         if len(token_ids) + num_new > max_model_len:
             return Verdict(
@@ -176,14 +155,15 @@ class LLMJudge:
     def _texts(
         self,
         model: JudgeModel,
-        asked: dict[tuple[int, int], tuple[int, ...]],
+        asked: dict[Place, tuple[int, ...]],
         groups: Sequence[Group],
         context: JudgeContext,
-    ) -> dict[tuple[int, int], Verdict]:
+    ) -> dict[Place, Verdict]:
+        count = self.questions.num_verdicts
         requests = [
-            Request(f"{g}/{k}/{n}", ids, derive_seed(context.seed, groups[g].prompt.id, k, n), self.sampling)
-            for (g, k), ids in asked.items()
-            for n in range(self.num_verdicts)
+            Request(_id(place, n), ids, self.questions.seed(groups, place, n, context.seed), self.sampling)
+            for place, ids in asked.items()
+            for n in range(count)
         ]
         chat, results = _chat(model), model.complete(requests) if requests else {}
         missing = [request.id for request in requests if request.id not in results]
@@ -192,19 +172,11 @@ class LLMJudge:
                 f"the judge's engine gave no result for {len(missing)} requests, the first {missing[0]}"
             )
         return {
-            (g, k): _mean([self._read(chat, results[f"{g}/{k}/{n}"]) for n in range(self.num_verdicts)])
-            for g, k in asked
+            place: self.questions.read([_said(chat, results[_id(place, n)]) for n in range(count)]) for place in asked
         }
 
-    def _read(self, chat: Chat, result: Result) -> Verdict:
-        assert self.template.head.parse is not None  # checked in __init__
-        said = chat.completion(result.token_ids, result.logps, result.finish_reason, result.stop_reason)
-        return self.template.head.parse.read(said.text, cut=result.finish_reason == "length")
-
-    def _labels(
-        self, model: JudgeModel, asked: dict[tuple[int, int], tuple[int, ...]]
-    ) -> dict[tuple[int, int], Verdict]:
-        head = self.template.head
+    def _labels(self, model: JudgeModel, asked: dict[Place, tuple[int, ...]]) -> dict[Place, Verdict]:
+        head = self.questions.template.head
         assert head.labels is not None  # checked in __init__
         label_ids = label_token_ids(_chat(model), list(head.labels))
         rows = model.score_labels(list(asked.values()), label_ids) if asked else []
@@ -224,30 +196,26 @@ def _chat(model: JudgeModel) -> Chat:
     return model.chat
 
 
-def _check_fits(head: TemplateHead, verdict: str, num_verdicts: int, temperature: float) -> None:
-    if verdict == "parse" and head.parse is None:
-        raise RecipeError(
-            f"judge.template: {head.name} has no `parse`, so its verdict can't be read from text; use verdict: labels."
-        )
-    if verdict == "labels" and head.labels is None:
+def _id(place: Place, n: int) -> str:
+    return "/".join(str(part) for part in (*place, n))
+
+
+def _said(chat: Chat, result: Result) -> tuple[str, bool]:
+    """The text of a verdict, thinking cut off, and whether max_tokens cut it."""
+    said = chat.completion(result.token_ids, result.logps, result.finish_reason, result.stop_reason)
+    return said.text, result.finish_reason == "length"
+
+
+def _check_labels(questions: Questions) -> None:
+    head = questions.template.head
+    if head.labels is None:
         raise RecipeError(
             f"judge.template: {head.name} has no `labels`; use verdict: parse, or add labels to the template."
         )
-    if num_verdicts < 1:
-        raise RecipeError(f"judge.num_verdicts is {num_verdicts}; it must be at least 1.")
-    if num_verdicts > 1 and (verdict == "labels" or temperature == 0):
-        why = "verdict: labels draws nothing" if verdict == "labels" else "at temperature 0 all verdicts are equal"
-        raise RecipeError(f"judge.num_verdicts is {num_verdicts}, but {why}; set it to 1.")
-
-
-def _mean(verdicts: Sequence[Verdict]) -> Verdict:
-    """The mean of the verdicts that have a score; its note lists them all where there were several."""
-    scores = [verdict.score for verdict in verdicts if verdict.score is not None]
-    if not scores:
-        count = "" if len(verdicts) == 1 else f"none of {len(verdicts)} verdicts can be read: "
-        return Verdict(None, count + verdicts[0].note)
-    listed = " ".join("-" if verdict.score is None else f"{verdict.score:g}" for verdict in verdicts)
-    return Verdict(math.fsum(scores) / len(scores), "" if len(verdicts) == 1 else f"verdicts {listed}")
+    if questions.num_verdicts != 1:
+        raise RecipeError(
+            f"judge.num_verdicts is {questions.num_verdicts}, but verdict: labels draws nothing; set it to 1."
+        )
 
 
 def label_token_ids(chat: Chat, labels: Sequence[str]) -> list[int]:

@@ -1,0 +1,95 @@
+"""Is the judge to be trusted? Figures of one round's judging, from its groups, judgements and pairs.
+
+A judge rots quietly: it says the same of everything, follows the place or the length of a completion, or isn't understood.
+Each figure names one of these, and where one is far out an alarm says so. Alarms stop nothing: `max_unparsed` does that.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from selfplay.agreement import kendall, sign_counts
+from selfplay.types import Group, Judgement, PreferencePair
+
+# An unbiased judge's pairs have the longer completion as chosen in 50 %; judges known to follow length, in 65 to 80 %.
+MAX_CHOSEN_LONGER = 0.7
+# Of four completions with this share at the top, one prompt in eight has all four there and gives no pair, and among the
+# others the judge no longer tells the good from the better.
+MAX_CEILING = 0.6
+# Verdicts drawn by a coin agree with their swap in half of the comparisons.
+MIN_SWAP_CONSISTENCY = 0.5
+MIN_COUNT = 20  # scores, pairs or comparisons below which a share says too little for an alarm
+MAX_VALUES = 12  # distinct scores that a histogram shows one by one
+NUM_BINS = 10
+
+
+def audit(
+    groups: Sequence[Group], judgements: Sequence[Judgement] | None, pairs: Sequence[PreferencePair]
+) -> dict[str, Any]:
+    """The figures, under the names of `selfplay status --json`; None where there is nothing to count.
+
+    `parse_rate` is the share of completions with a verdict; `tie_rate` that of the pairs of completions of one prompt with
+    equal scores; `swap_consistency` that of a pairwise judge's comparisons whose two orders don't contradict each other;
+    `ceiling_share` that of scores equal to the round's highest. `length_correlation` is Kendall's tau-b of score and length
+    in tokens within prompts. `chosen_longer` is the share of pairs whose chosen completion has more tokens, an equal number
+    counting half. `histogram` has rows [low, high, count].
+    """
+    shown = judgements or ()
+    rows = [judgement.scores for judgement in shown]
+    flat = [score for row in rows for score in row]
+    scores = [score for score in flat if score is not None]
+    lengths = [[float(len(c.token_ids)) for c in group.completions] for group in groups] if judgements else []
+    with_itself, with_length = sign_counts(rows, rows), sign_counts(rows, lengths)
+    compared = sum(judgement.num_compared for judgement in shown)
+    figures: dict[str, Any] = {
+        "num_scores": len(scores),
+        "num_compared": compared,
+        "parse_rate": len(scores) / len(flat) if flat else None,
+        "tie_rate": float(with_itself[1, 1] / with_itself.sum()) if with_itself.sum() else None,
+        "swap_consistency": 1 - sum(j.num_flipped for j in shown) / compared if compared else None,
+        "ceiling": max(scores, default=None),
+        "ceiling_share": scores.count(max(scores)) / len(scores) if scores else None,
+        "length_correlation": kendall(with_length),
+        "chosen_longer": chosen_longer(pairs),
+        "histogram": histogram(scores),
+    }
+    return figures | {"alarms": alarms(figures, num_pairs=len(pairs))}
+
+
+def chosen_longer(pairs: Sequence[PreferencePair]) -> float | None:
+    """The share of pairs whose chosen completion has more tokens than the rejected one; an equal number counts half."""
+    gaps = [len(pair.chosen_token_ids) - len(pair.rejected_token_ids) for pair in pairs]
+    return sum((gap > 0) + 0.5 * (gap == 0) for gap in gaps) / len(gaps) if gaps else None
+
+
+def histogram(scores: Sequence[float]) -> list[list[float]]:
+    """Rows [low, high, count]: one per score where they are few, else bins of equal width."""
+    values = Counter(scores)
+    if len(values) <= MAX_VALUES:
+        return [[value, value, values[value]] for value in sorted(values)]
+    counts, edges = np.histogram(scores, NUM_BINS)
+    return [[float(low), float(high), int(n)] for low, high, n in zip(edges[:-1], edges[1:], counts, strict=True)]
+
+
+def alarms(figures: dict[str, Any], *, num_pairs: int) -> list[str]:
+    """What is far out, one sentence each."""
+    found = []
+    longer, ceiling, swap = figures["chosen_longer"], figures["ceiling_share"], figures["swap_consistency"]
+    if num_pairs >= MIN_COUNT and longer > MAX_CHOSEN_LONGER:
+        found.append(
+            f"the chosen completion is the longer one in {longer:.0%} of the pairs (alarm above {MAX_CHOSEN_LONGER:.0%}): "
+            "training will teach length"
+        )
+    if figures["num_scores"] >= MIN_COUNT and ceiling > MAX_CEILING:
+        found.append(
+            f"{ceiling:.0%} of the scores are the highest one, {figures['ceiling']:g} (alarm above {MAX_CEILING:.0%}): "
+            "the judge hardly tells completions apart"
+        )
+    if figures["num_compared"] >= MIN_COUNT and swap < MIN_SWAP_CONSISTENCY:
+        found.append(
+            f"only {swap:.0%} of the comparisons agree with their swap (alarm below {MIN_SWAP_CONSISTENCY:.0%}): "
+            "the judge follows the place of a completion"
+        )
+    return found

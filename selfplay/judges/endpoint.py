@@ -1,0 +1,224 @@
+"""One OpenAI-compatible chat endpoint, asked with patience and trusted with nothing.
+
+What may go wrong with a call, and what becomes of it:
+
+    429, 408, 5xx, no connection, a connection lost, no reply in time     asked again, at most max_retries times, after what
+                                                                          Retry-After says or a growing, random pause
+    another refusal, a redirect, a body too large, compressed or garbled  CallError: this call has no verdict
+    401, 402, 403, 404                                                    JudgeError: no call could ever succeed
+    an address that is link-local                                         SecurityError
+
+The key is sent to the base URL's host alone (no redirect is followed) and is cut out of whatever the server says.
+Environment proxies are not used.
+"""
+
+import asyncio
+import email.utils
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import httpx2
+import openai
+from pydantic import BaseModel, Field, ValidationError
+
+from selfplay.errors import JudgeError
+from selfplay.judges.guard import BodyError, Guard
+from selfplay.judges.journal import Reply
+from selfplay.types import Message
+
+MAX_SAID = 300  # characters of a server's complaint that a note quotes
+MAX_PAUSE = 60.0  # seconds; a Retry-After may be longer
+HOPELESS = {401: "it refuses the key", 402: "it wants to be paid", 403: "it forbids this", 404: "no such model or path"}
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointSettings:
+    """Where and how a model is asked. `pause` is the first of the growing pauses between tries; times are seconds."""
+
+    base_url: str
+    model: str
+    max_tokens: int = 256
+    temperature: float = 0.7
+    top_p: float = 0.9
+    send_seed: bool = True
+    max_concurrency: int = 16
+    requests_per_minute: float | None = None
+    max_retries: int = 5
+    timeout: float = 120.0
+    pause: float = 1.0
+
+
+class CallError(Exception):
+    """Why one call gave no reply. The first line is the same for the same kind of fault."""
+
+
+class _AgainError(Exception):
+    """Why a try failed, where another may succeed; `after` is the pause in seconds that the server asks for."""
+
+    def __init__(self, reason: str, after: float | None = None) -> None:
+        super().__init__(reason)
+        self.after = after
+
+
+class Pacer:
+    """When calls may start: at most `per_minute`, evenly spaced, and not while the server asks for a pause."""
+
+    def __init__(self, per_minute: float | None) -> None:
+        self._interval = 60.0 / per_minute if per_minute else 0.0
+        self._free = 0.0
+
+    def take(self, now: float) -> float:
+        """Seconds to wait before the next call starts."""
+        start = max(now, self._free)
+        self._free = start + self._interval
+        return start - now
+
+    def hold(self, until: float) -> None:
+        """No call starts before `until`."""
+        self._free = max(self._free, until)
+
+
+class _Message(BaseModel):
+    content: str | None = None
+
+
+class _Choice(BaseModel):
+    message: _Message
+    finish_reason: str | None = None
+
+
+class _Body(BaseModel):
+    choices: list[_Choice] = Field(min_length=1)
+    usage: Any = None  # servers differ in it, and no verdict shall be lost for that
+
+
+class Endpoint:
+    """Asks one model; at most max_concurrency calls run at a time. Lives in one event loop, in an `async with` block.
+
+    `until` is when the stage must be done, in seconds of time.monotonic(): no pause that would end later is begun.
+    """
+
+    def __init__(self, settings: EndpointSettings, key: str | None, *, until: float) -> None:
+        self.settings = settings
+        self.num_retries = 0
+        self._key = key
+        self._until = until
+        self._free = asyncio.Semaphore(settings.max_concurrency)
+        self._pacer = Pacer(settings.requests_per_minute)
+        guard = Guard(key)
+        http = httpx2.AsyncClient(transport=guard, timeout=settings.timeout, follow_redirects=False)
+        # the client wants some key, else it takes that of another account from the environment
+        self._client = openai.AsyncOpenAI(base_url=settings.base_url, api_key="none", max_retries=0, http_client=http)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        await self._client.close()
+
+    async def ask(self, messages: Sequence[Message], seed: int) -> Reply:
+        """The model's reply. CallError: this call has none. JudgeError: no call will have one."""
+        async with self._free:
+            for tries in range(1, self.settings.max_retries + 2):
+                await asyncio.sleep(self._pacer.take(time.monotonic()))
+                try:
+                    return await self._call(messages, seed)
+                except _AgainError as again:
+                    failure = f"{again}, {tries} tries" if tries > 1 else str(again)
+                    if tries <= self.settings.max_retries:
+                        self.num_retries += 1
+                        await self._rest(tries, again)
+        raise CallError(failure)
+
+    async def _rest(self, tries: int, again: _AgainError) -> None:
+        pause = min(MAX_PAUSE, self.settings.pause * 2 ** (tries - 1)) * random.uniform(0.5, 1)
+        now = time.monotonic()
+        if again.after is not None:
+            pause += again.after
+            self._pacer.hold(now + again.after)
+        if now + pause > self._until:
+            raise JudgeError(
+                f"judge {self.settings.base_url}: {again}; a pause of {pause:.0f} s would end after judge.deadline. "
+                "The verdicts so far are kept, and the same command goes on from them"
+            )
+        await asyncio.sleep(pause)
+
+    async def _call(self, messages: Sequence[Message], seed: int) -> Reply:
+        settings = self.settings
+        # a lone surrogate has no UTF-8
+        turns: Any = [{"role": m.role, "content": m.content.encode(errors="replace").decode()} for m in messages]
+        try:
+            async with asyncio.timeout(settings.timeout):
+                raw = await self._client.chat.completions.with_raw_response.create(
+                    model=settings.model,
+                    messages=turns,
+                    max_tokens=settings.max_tokens,
+                    temperature=settings.temperature,
+                    top_p=settings.top_p,
+                    seed=seed if settings.send_seed else openai.omit,
+                )
+                body = raw.http_response.content
+        except (TimeoutError, openai.APITimeoutError):
+            raise _AgainError(f"no reply within judge.timeout, {settings.timeout:g} s") from None
+        except openai.APIStatusError as error:
+            raise self._refusal(error.response) from None
+        except openai.APIConnectionError as error:
+            raise _AgainError(f"the connection failed ({type(error.__cause__ or error).__name__})") from None
+        except BodyError as error:
+            raise CallError(str(error)) from None
+        return self._read(body)
+
+    def _refusal(self, response: httpx2.Response) -> Exception:
+        status, said = response.status_code, repr(self._clean(response.text)[:MAX_SAID])
+        if status in HOPELESS:
+            return JudgeError(
+                f"judge {self.settings.base_url}, model {self.settings.model}: HTTP {status}, {HOPELESS[status]}. "
+                f"Look at judge.base_url, judge.model and judge.api_key_env. The server says {said}"
+            )
+        if status in (408, 429) or status >= 500:
+            return _AgainError(f"HTTP {status}", retry_after(response.headers.get("retry-after"), time.time()))
+        if 300 <= status < 400:
+            return CallError(
+                f"the server redirects (HTTP {status}), which is not followed; give the right judge.base_url"
+            )
+        return CallError(f"the server refuses the request (HTTP {status})\n{said}")
+
+    def _read(self, body: bytes) -> Reply:
+        try:
+            found = _Body.model_validate_json(body)
+        except ValidationError:
+            shown = self._clean(body[:MAX_SAID].decode(errors="replace"))
+            raise CallError(f"the server's body holds no completion\n{shown!r}") from None
+        choice = found.choices[0]
+        counts = [_tokens(found.usage, name) for name in ("prompt_tokens", "completion_tokens")]
+        return Reply(self._clean(choice.message.content or ""), choice.finish_reason == "length", *counts)
+
+    def _clean(self, text: str) -> str:
+        """What a server says, without the key that it was given."""
+        return text.replace(self._key, "[key]") if self._key else text
+
+
+def _tokens(usage: Any, name: str) -> int:
+    """A count of the server's; 0 where it gives none."""
+    count = usage.get(name) if isinstance(usage, dict) else None
+    return count if isinstance(count, int) and count >= 0 else 0
+
+
+def retry_after(value: str | None, now: float) -> float | None:
+    """Seconds that a Retry-After header asks for, given in seconds or as a date; None where it can't be read."""
+    if value is None:
+        return None
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            seconds = email.utils.parsedate_to_datetime(value).timestamp() - now
+        except (ValueError, OverflowError):
+            return None
+    return max(0.0, seconds) if seconds < float("inf") else None

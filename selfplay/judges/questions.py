@@ -1,0 +1,109 @@
+"""What a judge model is asked about groups, and what its verdicts become. Shared by the judges that ask a model (llm.py on
+an engine, api.py over HTTP): where the words come from is their business.
+
+A question has a place: (group, completion), or for a pairwise template (group, shown first, shown second). Pairwise
+templates are asked about every two completions in both orders; lift.py undoes the swap and makes contradictions ties.
+"""
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import permutations
+
+from selfplay.errors import RecipeError
+from selfplay.judges.lift import win_rates
+from selfplay.judges.template import JudgeTemplate
+from selfplay.judges.verdicts import PARSER_VERSION, Verdict
+from selfplay.types import Group, Judgement, Message, Sampling, derive_seed
+
+Place = tuple[int, ...]
+Said = tuple[str, bool]  # what a model wrote, and whether max_tokens cut it
+
+
+@dataclass(frozen=True, slots=True)
+class Questions:
+    """A template and how often each question is put. `system_prompt` stands in for the template's own."""
+
+    template: JudgeTemplate
+    num_verdicts: int = 1
+    system_prompt: str | None = None
+
+    def identity(self, how: str) -> str:
+        """Template, parser, `how` verdicts are drawn, system prompt."""
+        head = self.template.head
+        system = ""
+        if self.system_prompt is not None:
+            system = f" system:{hashlib.sha256(self.system_prompt.encode()).hexdigest()[:16]}"
+        return f"template:{head.name} v{head.version} {self.template.digest} parser:{PARSER_VERSION} {how}{system}"
+
+    def drawn(self, sampling: Sampling) -> str:
+        """How texts are drawn, for an identity."""
+        return f"{self.num_verdicts}x T{sampling.temperature:g} p{sampling.top_p:g} max{sampling.max_tokens}"
+
+    def ask(self, groups: Sequence[Group]) -> dict[Place, tuple[Message, ...] | Verdict]:
+        """Every question as messages, or why it can't be put."""
+        return {
+            (g, *shown): self._messages(group, shown) for g, group in enumerate(groups) for shown in self._shown(group)
+        }
+
+    def _shown(self, group: Group) -> list[Place]:
+        """Which completions each question of a group shows, in which order."""
+        pairwise = self.template.head.mode == "pairwise"
+        return list(permutations(range(len(group.completions)), 2 if pairwise else 1))
+
+    def _messages(self, group: Group, shown: Place) -> tuple[Message, ...] | Verdict:
+        if self.template.needs_gold and group.prompt.gold is None:
+            return Verdict(None, "the template asks for the gold answer, and the prompt has none")
+        messages = self.template.fill(group.prompt, *(group.completions[k] for k in shown))
+        return messages if self.system_prompt is None else (Message("system", self.system_prompt), messages[-1])
+
+    def seed(self, groups: Sequence[Group], place: Place, n: int, seed: int) -> int:
+        """The seed of verdict `n` of a question: of the prompt and the place in its group, not of the group's place."""
+        return derive_seed(seed, groups[place[0]].prompt.id, *place[1:], n)
+
+    def read(self, said: Sequence[Said]) -> Verdict:
+        """The mean of the verdicts that can be read, with a note that lists them all where there were several."""
+        parse = self.template.head.parse
+        assert parse is not None  # `check_readable` has seen to it
+        return mean_verdict([parse.read(text, cut=cut) for text, cut in said])
+
+    def judgements(self, groups: Sequence[Group], verdicts: Mapping[Place, Verdict]) -> list[Judgement]:
+        """One judgement per group from the verdict of every place."""
+        judge = self._pairwise if self.template.head.mode == "pairwise" else self._pointwise
+        return [judge(g, group, verdicts) for g, group in enumerate(groups)]
+
+    def _pointwise(self, g: int, group: Group, verdicts: Mapping[Place, Verdict]) -> Judgement:
+        row = [verdicts[g, k] for k in range(len(group.completions))]
+        return Judgement(group.prompt.id, tuple(v.score for v in row), tuple(v.note for v in row))
+
+    def _pairwise(self, g: int, group: Group, verdicts: Mapping[Place, Verdict]) -> Judgement:
+        asked = {(i, j): verdicts[g, i, j] for i, j in permutations(range(len(group.completions)), 2)}
+        why = {shown: verdict.note for shown, verdict in asked.items() if verdict.score is None}
+        return win_rates(group, {shown: verdict.score for shown, verdict in asked.items()}, why)
+
+
+def mean_verdict(verdicts: Sequence[Verdict]) -> Verdict:
+    """The mean of the verdicts that have a score; its note lists them all where there were several."""
+    scores = [verdict.score for verdict in verdicts if verdict.score is not None]
+    if not scores:
+        count = "" if len(verdicts) == 1 else f"none of {len(verdicts)} verdicts can be read: "
+        return Verdict(None, count + verdicts[0].note)
+    listed = " ".join("-" if verdict.score is None else f"{verdict.score:g}" for verdict in verdicts)
+    return Verdict(math.fsum(scores) / len(scores), "" if len(verdicts) == 1 else f"verdicts {listed}")
+
+
+def check_readable(questions: Questions, temperature: float) -> None:
+    """RecipeError where verdicts can't be read from text, or where several could not differ."""
+    head = questions.template.head
+    if head.parse is None:
+        raise RecipeError(
+            f"judge.template: {head.name} has no `parse`, so its verdict can't be read from text; add one to the "
+            "template, or use verdict: labels (kind llm)."
+        )
+    if questions.num_verdicts < 1:
+        raise RecipeError(f"judge.num_verdicts is {questions.num_verdicts}; it must be at least 1.")
+    if questions.num_verdicts > 1 and temperature == 0:
+        raise RecipeError(
+            f"judge.num_verdicts is {questions.num_verdicts}, but at temperature 0 all verdicts are equal; set it to 1."
+        )
