@@ -1,13 +1,14 @@
 """Where a model lies, what it is, and what the machine can do with it."""
 
 import importlib.util
+import json
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from selfplay.adapters import adapter_rank, base_folder, is_adapter
 from selfplay.chat import Chat
-from selfplay.errors import DataError
+from selfplay.errors import DataError, RecipeError
 from selfplay.recipe import ChatRecipe, GeneratorRecipe, Recipe
 
 
@@ -69,6 +70,25 @@ def load_chat(model: str, recipe: ChatRecipe) -> Chat:
     )
 
 
+def prompt_room(recipe: Recipe, model: Path) -> int | None:
+    """The most tokens that a prompt may have, so that max_tokens of every round fit behind it; None where neither the
+    model nor the recipe names a length. RecipeError where no prompt would fit.
+    """
+    config = json.loads((base_folder(model) / "config.json").read_text())
+    declared = config.get("text_config", config)
+    limit = recipe.generator.max_model_len or declared.get("max_position_embeddings") or declared.get("n_positions")
+    if limit is None:
+        return None
+    sampled = recipe.generator.max_tokens
+    most = max(*(sampled if isinstance(sampled, list) else [sampled]), recipe.evaluate.max_tokens or 0)
+    if most >= limit:
+        raise RecipeError(
+            f"generator.max_tokens is {most}, but prompt and completion together have at most {limit} tokens "
+            "(generator.max_model_len, or the model's own length): lower max_tokens"
+        )
+    return int(limit) - most
+
+
 def open_generator(recipe: GeneratorRecipe, model: Path, chat: Chat, *, seed: int) -> AbstractContextManager[Any]:
     """A generator of `model`; its engine starts when it is first asked and is gone when the block ends."""
     if recipe.kind == "scripted":
@@ -99,4 +119,5 @@ def open_generator(recipe: GeneratorRecipe, model: Path, chat: Chat, *, seed: in
         seed=seed,
     )
     # a CUDA context in this process would keep memory from the trainer; vLLM always gets a process of its own
-    return EngineGenerator(settings, chat, isolate=recipe.kind == "vllm" or torch.cuda.is_available())
+    isolate = recipe.kind == "vllm" or torch.cuda.is_available() or recipe.data_parallel_size > 1
+    return EngineGenerator(settings, chat, isolate=isolate)

@@ -14,6 +14,7 @@ from rich.table import Table
 from selfplay.adapters import base_folder
 from selfplay.errors import DataError
 from selfplay.filters import make_mix
+from selfplay.judges.verifier import check_verifiable
 from selfplay.models import resolve_auto
 from selfplay.prompts import PromptPool, load_pool
 from selfplay.recipe import Recipe
@@ -74,6 +75,7 @@ def make_plan(recipe: Recipe, out: Path) -> Plan:
     recipe.check_win_rates()
     recipe = _with_generator(recipe)
     pool = load_pool(recipe.prompts, seed=recipe.seed)
+    check_verifiable(recipe, pool, judge_given=False)
     rounds = tuple(_plan_round(recipe, pool, index) for index in range(recipe.rounds))
     completions, tokens = _panel_work(recipe, len(pool.heldout[: recipe.evaluate.num_prompts]))
     folder = find_model(recipe.model)

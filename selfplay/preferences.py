@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 from selfplay.chat import Chat
 from selfplay.errors import DataError
-from selfplay.prompts import ROLES, read_prompts, read_rows
+from selfplay.prompts import ROLES, read_prompts, read_rows, read_tools
 from selfplay.recipe import PromptsRecipe
 from selfplay.types import Demonstration, Drop, Message, PreferencePair, Prompt, prompt_id
 
@@ -230,7 +230,7 @@ def _labelled(row: Mapping[str, Any], column: str | None, system_prompt: str | N
         raise _UnusableError("empty prompt")
     if not _encodable((*(m.content for m in messages), chosen, rejected)):
         raise _UnusableError("lone surrogate in the text")
-    tools = tuple(row["tools"]) if row.get("tools") else None
+    tools = read_tools(row.get("tools"), "this row")
     return Labelled(Prompt(prompt_id(messages, tools), messages, tools), chosen, rejected)
 
 

@@ -17,6 +17,7 @@ from selfplay.recipe import PromptsRecipe
 from selfplay.recipe_values import at_round
 from selfplay.types import Drop, Message, Prompt, prompt_id
 
+FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 Turns = Literal["first", "last"]
 
@@ -50,8 +51,10 @@ class PromptPool:
         return self.train[start : start + count]
 
 
-def load_pool(recipe: PromptsRecipe, *, seed: int, chat: Chat | None = None) -> PromptPool:
-    """The prompts of a recipe. With a chat, prompts of more than max_prompt_length tokens are dropped (never cut)."""
+def load_pool(recipe: PromptsRecipe, *, seed: int, chat: Chat | None = None, room: int | None = None) -> PromptPool:
+    """The prompts of a recipe. With a chat, prompts of more than max_prompt_length tokens, or of more than the `room` that
+    max_tokens leave them, are dropped (never cut).
+    """
     rows, form = read_prompts(recipe, recipe.source)
     drops: list[Drop] = []
     train = _unique(rows, drops)
@@ -66,7 +69,7 @@ def load_pool(recipe: PromptsRecipe, *, seed: int, chat: Chat | None = None) -> 
         count = max(1, round(recipe.heldout * len(train)))
         train, heldout = train[:-count], train[-count:]
     if chat is not None:
-        train, heldout = _short_enough(train, recipe, chat, drops), _short_enough(heldout, recipe, chat, drops)
+        train, heldout = (_short_enough(part, recipe, chat, room, drops) for part in (train, heldout))
     if not train:
         reasons = Counter(d.reason for d in drops)
         raise DataError(f"{recipe.source}: no prompt is left for training ({dict(reasons) or 'the data set is empty'})")
@@ -88,12 +91,16 @@ def _unique(rows: Iterable[Prompt | Drop], drops: list[Drop]) -> list[Prompt]:
     return list(kept.values())
 
 
-def _short_enough(prompts: list[Prompt], recipe: PromptsRecipe, chat: Chat, drops: list[Drop]) -> list[Prompt]:
+def _short_enough(
+    prompts: list[Prompt], recipe: PromptsRecipe, chat: Chat, room: int | None, drops: list[Drop]
+) -> list[Prompt]:
     kept = []
     for prompt in prompts:
         length = len(chat.encode_prompt(prompt))
         if length > recipe.max_prompt_length:
             drops.append(Drop(prompt.id, "longer than max_prompt_length"))
+        elif room is not None and length > room:
+            drops.append(Drop(prompt.id, "leaves no room for max_tokens in the model's length"))
         else:
             kept.append(prompt)
     return kept
@@ -101,6 +108,8 @@ def _short_enough(prompts: list[Prompt], recipe: PromptsRecipe, chat: Chat, drop
 
 def read_prompts(recipe: PromptsRecipe, source: str) -> tuple[list[Prompt | Drop], str]:
     """Every row of `source` as a prompt or a drop with its reason, and the form that was detected."""
+    if Path(source).suffix in FILE_SUFFIXES and (recipe.name is not None or recipe.split != "train"):
+        raise RecipeError(f"prompts.name and prompts.split are of data set ids; {source} is a file and has neither")
     rows = list(read_rows(source, name=recipe.name, split=recipe.split))
     if not rows:
         raise DataError(f"{source}: no rows")

@@ -17,7 +17,7 @@ from pydantic import (
 )
 
 from selfplay.errors import RecipeError
-from selfplay.recipe_judges import JudgeRecipe
+from selfplay.recipe_judges import JudgeRecipe, LLMJudgeRecipe
 from selfplay.recipe_pairs import BestVsWorstRecipe, PairsRecipe, TopKVsBottomKRecipe, WinRatesRecipe
 from selfplay.recipe_train import TrainRecipe, reads
 from selfplay.recipe_values import PerRound, Section, Share, TopP, at_round, rounds_that_differ
@@ -157,8 +157,11 @@ class Recipe(Section):
 
     @property
     def heldout_judge(self) -> JudgeRecipe | None:
-        """The panel's judge: evaluate.judge, else the run's own."""
-        return self.evaluate.judge or self.judge
+        """The panel's judge: evaluate.judge, else the run's own. None where that is the policy itself: a ruler that every
+        round changes measures no gain.
+        """
+        own = None if isinstance(self.judge, LLMJudgeRecipe) and self.judge.model == "policy" else self.judge
+        return self.evaluate.judge or own
 
 
 def resolve_path(text: str, folder: Path) -> str:

@@ -46,6 +46,8 @@ from selfplay.types import Group, Judgement, Prompt
 def play_round(round: Round) -> Path:
     """The policy of one round; reads whatever an earlier, stopped call left finished."""
     recipe, start = round.run.recipe, round.start
+    if round.index:
+        store.check_folder(start)  # a damaged policy would sample and train as if nothing were wrong
     with open_generator(recipe.generator, start, round.run.chat, seed=round.seed("engine")) as generator:
         sample_panel(round, generator)
         prompts = draw_prompts(round)
@@ -259,6 +261,7 @@ def play_last_panel(run: Run) -> None:
     last = run.round(run.recipe.rounds)
     if (last.panel_folder / "round.json").exists():
         return
+    store.check_folder(last.start)
     with open_generator(run.recipe.generator, last.start, run.chat, seed=last.seed("engine")) as generator:
         sample_panel(last, generator)
         judge_panel(last, generator)

@@ -1,5 +1,6 @@
 """A run directory: opening it, continuing it, and where the files of each round lie."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,9 @@ from selfplay.errors import DataError, RecipeError
 from selfplay.filters import NamedFilter, Programs, load_programs
 from selfplay.judges import make_judge
 from selfplay.judges.lift import function_identity
-from selfplay.models import load_chat, local_model, open_generator, resolve_auto
+from selfplay.judges.python import own_judge
+from selfplay.judges.verifier import check_verifiable
+from selfplay.models import load_chat, local_model, open_generator, prompt_room, resolve_auto
 from selfplay.panel import Panel
 from selfplay.progress import Reporter
 from selfplay.prompts import PromptPool, load_pool
@@ -111,7 +114,8 @@ class OwnParts:
 
 def start_run(recipe: Recipe, folder: Path, *, own: OwnParts, allow_code: bool, report: Reporter) -> Run:
     """Opens or continues a run directory. RecipeError where it holds a run of another recipe, model, data or judge."""
-    judge, selector, filters = own.judge, own.selector, own.named_filters()
+    judge = own_judge(own.judge) if own.judge is not None else None
+    selector, filters = own.selector, own.named_filters()
     if judge is None and selector is None:
         recipe.check_judged()
     require_optimizer(recipe.train)
@@ -123,27 +127,35 @@ def start_run(recipe: Recipe, folder: Path, *, own: OwnParts, allow_code: bool, 
     named = recipe.train.reference_path
     reference = local_model(named) if named is not None else None
     chat = load_chat(str(initial), recipe.chat)
-    pool = load_pool(recipe.prompts, seed=recipe.seed, chat=chat)
+    pool = load_pool(recipe.prompts, seed=recipe.seed, chat=chat, room=prompt_room(recipe, initial))
     for reason, count in Counter(drop.reason for drop in pool.drops).items():
         report.note(f"prompts: {count} dropped: {reason}")
     for index in range(recipe.rounds):  # a pool that would run out says so now, not hours from now
         dealt = pool.deal(recipe.prompts, index)
         if selector is None and recipe.pairs.needs_gold:
             _require_gold(dealt, recipe.pairs.kind)
+    check_verifiable(recipe, pool, judge_given=judge is not None)
     programs = load_programs(recipe.pairs, allow_code=allow_code) if filters is None else {}
     report.note(f"prompts: {len(pool.train)} for training, {len(pool.heldout)} held out (form: {pool.form})")
     if judge is None and recipe.judge is not None:
         judge = make_judge(
             recipe.judge, allow_code=allow_code, open_model=lambda model: open_judge_model(recipe, model)
         )
-    held = recipe.evaluate.judge
-    panel_judge = (
-        judge
-        if held is None
-        else make_judge(held, allow_code=allow_code, open_model=lambda m: open_judge_model(recipe, m))
-    )
+    panel_judge = judge
+    if own.judge is None or recipe.evaluate.judge is not None:
+        held = recipe.heldout_judge
+        panel_judge = (
+            make_judge(held, allow_code=allow_code, open_model=lambda model: open_judge_model(recipe, model))
+            if held is not None
+            else None
+        )
+        if held is None and recipe.judge is not None:
+            report.note(
+                "panel: no scores, for each policy would mark its own work; name another judge in evaluate.judge"
+            )
     identity = {
         "model": store.weights_digest(initial),
+        "chat": hashlib.sha256(chat.template_digest_text.encode()).hexdigest(),
         "prompts": pool.digest,
         "judge": judge.identity if judge is not None else None,
         "heldout_judge": panel_judge.identity if panel_judge is not None else None,

@@ -18,7 +18,7 @@ from selfplay.chat import Chat
 from selfplay.errors import DataError, RecipeError, StorageError
 from selfplay.filters import load_programs, make_filters
 from selfplay.judges import make_judge
-from selfplay.models import load_chat, local_model, open_generator, resolve_auto
+from selfplay.models import load_chat, local_model, open_generator, prompt_room, resolve_auto
 from selfplay.pairs import Selection, make_selector
 from selfplay.progress import Reporter
 from selfplay.prompts import load_pool
@@ -74,14 +74,15 @@ def generate(recipe: Recipe, model: str, out: Path, *, round: int, report: Repor
     """The completions of a round's prompts under a model, as shards in `out`."""
     recipe, folder = resolve_auto(recipe), local_model(model)
     chat = load_chat(str(folder), recipe.chat)
-    prompts = load_pool(recipe.prompts, seed=recipe.seed, chat=chat).deal(recipe.prompts, round)
+    pool = load_pool(recipe.prompts, seed=recipe.seed, chat=chat, room=prompt_room(recipe, folder))
+    prompts = pool.deal(recipe.prompts, round)
     sampling = sampling_at(recipe.generator, round, seed=derive_seed(recipe.seed, round, "sample"))
     identity = {
         "stage": "generate",
         "round": round,
         "model": store.weights_digest(folder),
         "chat": text_digest(chat.template_digest_text),
-        "prompts": text_digest([p.id for p in prompts]),
+        "prompts": text_digest([[p.id, p.gold, p.checks] for p in prompts]),
         "sampling": asdict(sampling),
         "generator": recipe.generator.kind,
     }
@@ -211,7 +212,8 @@ def evaluate(recipe: Recipe, model: str, out: Path, *, allow_code: bool, report:
     recipe = resolve_auto(recipe)
     folder, initial = local_model(model), local_model(recipe.model)
     chat = load_chat(str(folder), recipe.chat)
-    prompts = load_pool(recipe.prompts, seed=recipe.seed, chat=chat).heldout[: recipe.evaluate.num_prompts]
+    pool = load_pool(recipe.prompts, seed=recipe.seed, chat=chat, room=prompt_room(recipe, folder))
+    prompts = pool.heldout[: recipe.evaluate.num_prompts]
     if not prompts:
         raise RecipeError("prompts.heldout: the recipe holds no prompts out, so there is nothing to evaluate on")
     asked = recipe.heldout_judge

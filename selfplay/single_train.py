@@ -15,7 +15,7 @@ from selfplay.preferences import holds_preferences, our_records, read_demonstrat
 from selfplay.progress import Reporter
 from selfplay.recipe import Recipe
 from selfplay.recipe_train import reads
-from selfplay.single import claimed, read_shards
+from selfplay.single import claimed, read_shards, text_digest
 from selfplay.train.settings import TrainJob, require_optimizer, schedule_span, settings_at
 from selfplay.types import Demonstration, Drop, PreferencePair, derive_seed
 
@@ -48,7 +48,7 @@ def train(recipe: Recipe, inputs: TrainInputs, out: Path, report: Reporter) -> d
     check_lora(folder, recipe.train.lora)
     chat = load_chat(str(folder), recipe.chat)
     job = make_job(recipe, inputs, folder, out, chat)
-    with claimed(out, _identity(job, inputs), report):
+    with claimed(out, _identity(job, inputs, recipe, chat), report):
         if (out / "policy").exists():
             store.remove_folder(out / "train" / "checkpoints")  # a kill may have come between the two
         else:
@@ -111,7 +111,7 @@ def _reference(recipe: Recipe, inputs: TrainInputs, folder: Path) -> str | None:
     return str(other)
 
 
-def _identity(job: TrainJob, inputs: TrainInputs) -> dict[str, Any]:
+def _identity(job: TrainJob, inputs: TrainInputs, recipe: Recipe, chat: Chat) -> dict[str, Any]:
     source = Path(inputs.preferences)
     state = job.optimizer_state
     return {
@@ -125,7 +125,8 @@ def _identity(job: TrainJob, inputs: TrainInputs) -> dict[str, Any]:
         "seed": job.seed,
         "optimizer_state": store.file_digest(Path(state)) if state is not None else None,
         "schedule": [job.first_step, job.total_steps],
-        "chat_template": job.chat_template,
+        "chat": text_digest(chat.template_digest_text),
+        "rows": [recipe.prompts.system_prompt, recipe.prompts.prompt_column, recipe.prompts.max_prompt_length],
     }
 
 

@@ -49,7 +49,7 @@ def load_python_judge(target: str, base: Path, *, allow_code: bool) -> Judge:
     import.
     """
     found, identity = load_target(target, base, key="judge.target", error=JudgeError, allow_code=allow_code)
-    return LoadedJudge(_as_judge(found, target), f"python:{identity}")
+    return LoadedJudge(as_judge(found, f"judge.target {target!r}"), f"python:{identity}")
 
 
 def load_target(
@@ -114,22 +114,30 @@ def _import_module(place: str, where: str, error: type[SelfplayError]) -> tuple[
     )
 
 
-def _as_judge(found: object, target: str) -> _Judging:
+def own_judge(given: object) -> Judge:
+    """What a user passed as a judge: a Judge as it is, a plain function lifted. RecipeError for anything else."""
+    found = as_judge(given, "judge")
+    if not isinstance(found, Judge):
+        raise RecipeError(
+            f"judge is a {type(given).__name__} without an `identity`: give it a text that changes when its verdicts could"
+        )
+    return found
+
+
+def as_judge(found: object, target: str) -> _Judging:
     if isinstance(found, type):
-        raise RecipeError(f"judge.target {target!r} is a class; name an object of it: `my_judge = {found.__name__}()`.")
+        raise RecipeError(f"{target} is a class; name an object of it: `my_judge = {found.__name__}()`.")
     if isinstance(found, _Judging):
         return found
     if not callable(found):
-        raise RecipeError(
-            f"judge.target {target!r} is a {type(found).__name__}: neither a function nor an object with `judge`."
-        )
+        raise RecipeError(f"{target} is a {type(found).__name__}: neither a function nor an object with `judge`.")
     match _num_parameters(found, target):
         case 2:
             return PointwiseJudge(found, max_concurrency=MAX_CONCURRENCY)
         case 3:
             return PairwiseJudge(found, max_concurrency=MAX_CONCURRENCY)
     raise RecipeError(
-        f"judge.target {target!r}: a judge function takes (prompt, completion) or (prompt, a, b); "
+        f"{target}: a judge function takes (prompt, completion) or (prompt, a, b); "
         f"this one takes {inspect.signature(found)}."
     )
 
@@ -139,8 +147,6 @@ def _num_parameters(function: Callable[..., Any], target: str) -> int:
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError) as error:
-        raise RecipeError(
-            f"judge.target {target!r}: its parameters can't be read; write a plain function around it."
-        ) from error
+        raise RecipeError(f"{target}: its parameters can't be read; write a plain function around it.") from error
     required = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     return -1 if any(p.kind is p.KEYWORD_ONLY for p in required) else len(required)

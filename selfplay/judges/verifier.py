@@ -22,7 +22,10 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from selfplay.errors import DataError
 from selfplay.judges.counts import LIST_MARKER, count_sentences, count_words, last_number
+from selfplay.prompts import PromptPool
 from selfplay.protocols import JudgeContext
+from selfplay.recipe import Recipe
+from selfplay.recipe_judges import VerifierRecipe
 from selfplay.types import Completion, Group, Judgement, Prompt
 
 # Part of the judge's identity: raise it when a change below can change a verdict.
@@ -267,6 +270,26 @@ def on_topic(prompt: Prompt, completion: Completion) -> bool | None:
     """Whether the completion passes the prompt's on_topic checks; None where it has none."""
     verdicts = [passes(c, completion.text, prompt.gold) for c in prompt.checks if c["kind"] == "on_topic"]
     return False not in verdicts if verdicts else None
+
+
+def check_prompts(prompts: Sequence[Prompt], checks: Sequence[Check]) -> None:
+    """DataError where a prompt's check is none that we know, or where neither the recipe (`checks`) nor any prompt has one."""
+    for prompt in prompts:
+        validate_checks(prompt.checks, f"{prompt.source or prompt.id}: checks")
+    if prompts and not checks and not any(prompt.checks for prompt in prompts):
+        raise DataError(
+            f"the verifier has nothing to check: none of {len(prompts)} prompts has checks (the first: {prompts[0].source}). "
+            "Give the rows a column of checks (prompts.checks_column), or name some in judge.checks"
+        )
+
+
+def check_verifiable(recipe: Recipe, pool: PromptPool, *, judge_given: bool) -> None:
+    """Reads the checks of all prompts that a verifier will judge, before anything is sampled."""
+    if not judge_given and isinstance(recipe.judge, VerifierRecipe):
+        check_prompts(pool.train, recipe.judge.checks)
+    held = recipe.evaluate.judge if judge_given else recipe.heldout_judge
+    if isinstance(held, VerifierRecipe):
+        check_prompts(pool.heldout, held.checks)
 
 
 class Verifier:
