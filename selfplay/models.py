@@ -89,14 +89,18 @@ def prompt_room(recipe: Recipe, model: Path) -> int | None:
     return int(limit) - most
 
 
-def open_generator(recipe: GeneratorRecipe, model: Path, chat: Chat, *, seed: int) -> AbstractContextManager[Any]:
-    """A generator of `model`; its engine starts when it is first asked and is gone when the block ends."""
+def open_generator(
+    recipe: GeneratorRecipe, model: Path, chat: Chat, *, seed: int, encode_gold: bool = False
+) -> AbstractContextManager[Any]:
+    """A generator of `model`; its engine starts when it is first asked and is gone when the block ends. `encode_gold` gives
+    groups their gold answers as tokens, which not every chat template allows.
+    """
     if recipe.kind == "scripted":
         from contextlib import nullcontext
 
         from selfplay.generators.scripted import ScriptedGenerator
 
-        return nullcontext(ScriptedGenerator(chat, seed=seed))
+        return nullcontext(ScriptedGenerator(chat, seed=seed, encode_gold=encode_gold))
     import torch
 
     from selfplay.generators.engine import EngineSettings
@@ -120,4 +124,4 @@ def open_generator(recipe: GeneratorRecipe, model: Path, chat: Chat, *, seed: in
     )
     # a CUDA context in this process would keep memory from the trainer; vLLM always gets a process of its own
     isolate = recipe.kind == "vllm" or torch.cuda.is_available() or recipe.data_parallel_size > 1
-    return EngineGenerator(settings, chat, isolate=isolate)
+    return EngineGenerator(settings, chat, isolate=isolate, encode_gold=encode_gold)

@@ -309,8 +309,8 @@ def print_group(group: Group, judgement: Judgement | None, console: Console) -> 
     console.print(Text(f"prompt {group.prompt.id} ({safe_text(group.prompt.source)})", style="bold"))
     for message in group.prompt.messages:
         console.print(Text(f"{safe_text(message.role)}: ") + shown(message.content))
-    if group.gold is not None:
-        console.print(Text("gold answer: ", style="bold") + shown(group.gold.text))
+    if group.prompt.gold is not None:
+        console.print(Text("gold answer: ", style="bold") + shown(group.prompt.gold))
     for k, completion in enumerate(group.completions):
         score = "not judged" if judgement is None else f"score {number(judgement.scores[k])}"
         console.print(Text(f"completion {k}, {score}: ", style="bold") + _marked(completion))

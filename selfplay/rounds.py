@@ -46,9 +46,12 @@ from selfplay.types import Group, Judgement, Prompt
 def play_round(round: Round) -> Path:
     """The policy of one round; reads whatever an earlier, stopped call left finished."""
     recipe, start = round.run.recipe, round.start
+    gold = round.run.selector is not None or recipe.pairs.needs_gold
     if round.index:
         store.check_folder(start)  # a damaged policy would sample and train as if nothing were wrong
-    with open_generator(recipe.generator, start, round.run.chat, seed=round.seed("engine")) as generator:
+    with open_generator(
+        recipe.generator, start, round.run.chat, seed=round.seed("engine"), encode_gold=gold
+    ) as generator:
         sample_panel(round, generator)
         prompts = draw_prompts(round)
         groups = draw_groups(round, generator, prompts)

@@ -87,7 +87,10 @@ def generate(recipe: Recipe, model: str, out: Path, *, round: int, report: Repor
         "generator": recipe.generator.kind,
     }
     seed = derive_seed(recipe.seed, round, "engine")
-    with claimed(out, identity, report), open_generator(recipe.generator, folder, chat, seed=seed) as generator:
+    with (
+        claimed(out, identity, report),
+        open_generator(recipe.generator, folder, chat, seed=seed, encode_gold=recipe.pairs.needs_gold) as generator,
+    ):
         return sample_groups(generator, prompts, sampling, out, report, f"round {round}, sampling")
 
 

@@ -108,6 +108,24 @@ def test_a_plain_function_may_be_the_judge_of_a_run(tiny: Path, tmp_path: Path) 
         selfplay.iterate(recipe, tmp_path / "other", judge=3)  # type: ignore[arg-type]
 
 
+def test_gold_answers_that_are_never_trained_on_need_no_template_that_can_encode_them(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    template = Chat.load(str(tiny)).tokenizer.chat_template
+    opening = "<|assistant|>{% endif %}"
+    assert template.endswith(opening)
+    # the generation prompt opens a thought, which past turns don't have: no prefix of the conversation
+    thinking = template.removesuffix(opening) + "<|assistant|><think>{% endif %}"
+    judged = {"kind": "verifier", "checks": [{"kind": "words", "min": 9}]}
+    recipe = write_recipe(tmp_path, tiny, chat={"chat_template": thinking}, judge=judged, rounds=1)
+    rows(tmp_path, asking(32, gold="42"))
+    ok("iterate", recipe, "--out", tmp_path / "run")
+    other = ["--set", "pairs={kind: gold_vs_completion}", "--set", "judge=null"]
+    assert main(["iterate", str(recipe), "--out", str(tmp_path / "other"), *other]) == 65
+    assert "no token prefix" in capsys.readouterr().err
+    assert not list((tmp_path / "other").rglob("groups/*.jsonl"))
+
+
 def test_a_split_of_a_file_is_refused(tiny: Path, tmp_path: Path) -> None:
     recipe = load_recipe(write_recipe(tmp_path, tiny), ["prompts.split=train[:10]"])
     with pytest.raises(RecipeError, match=r"prompts\.split"):

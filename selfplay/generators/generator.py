@@ -28,13 +28,20 @@ class EngineGenerator:
     """
 
     def __init__(
-        self, settings: EngineSettings, chat: Chat, *, isolate: bool = True, log_path: Path | None = None
+        self,
+        settings: EngineSettings,
+        chat: Chat,
+        *,
+        isolate: bool = True,
+        encode_gold: bool = True,
+        log_path: Path | None = None,
     ) -> None:
         if settings.kind == "vllm" and not isolate:
             raise GeneratorError("the vLLM engine needs a process of its own: use isolate=True")
         self.settings = settings
         self.chat = chat
         self._isolate = isolate
+        self._encode_gold = encode_gold
         self._log_path = log_path
         self._engine: Engine | None = None
 
@@ -74,6 +81,8 @@ class EngineGenerator:
         given twice, or where a prompt leaves no room for max_tokens.
         """
         ids = [self.chat.encode_prompt(prompt) for prompt in prompts]
+        # before the engine: a template that can't do it must not cost what was sampled
+        golds = [self.chat.encode_gold(prompt) if self._encode_gold else None for prompt in prompts]
         places = range(sampling.num_completions)
         results = self.complete(
             [
@@ -84,9 +93,8 @@ class EngineGenerator:
             progress=progress,
         )
         groups = []
-        for prompt, tokens in zip(prompts, ids, strict=True):
+        for prompt, tokens, gold in zip(prompts, ids, golds, strict=True):
             completions = (self._completion(results[_request_id(prompt, k)], sampling) for k in places)
-            gold = None if prompt.gold is None else self.chat.encode_gold(prompt)
             groups.append(Group(prompt, tokens, tuple(completions), gold))
         return groups
 

@@ -37,8 +37,11 @@ class ScriptedGenerator:
     max_tokens cuts as a real engine does. There are no logps. `num_calls` and `num_completions` count the work done.
     """
 
-    def __init__(self, chat: Chat | None = None, *, script: Script | None = None, seed: int = 0) -> None:
+    def __init__(
+        self, chat: Chat | None = None, *, script: Script | None = None, seed: int = 0, encode_gold: bool = True
+    ) -> None:
         self.chat = chat
+        self.encode_gold = encode_gold
         self.num_calls = 0
         self.num_completions = 0
         self._script = script
@@ -93,7 +96,7 @@ class ScriptedGenerator:
 
     def _group(self, prompt: Prompt, completions: tuple[Completion, ...]) -> Group:
         if self.chat is not None:
-            gold = None if prompt.gold is None else self.chat.encode_gold(prompt)
+            gold = self.chat.encode_gold(prompt) if self.encode_gold else None
             return Group(prompt, self.chat.encode_prompt(prompt), completions, gold)
         shown = "".join(f"{m.role}: {m.content}\n" for m in prompt.messages)
         gold = (
