@@ -58,9 +58,12 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: can't read this recipe ({error})") from error
     data, lines = parse_yaml(text, str(path))
+    spots = {key: f"{path}:{line}" for key, line in lines.items()}
     for override in overrides:
-        _apply(data, override)
-    return _with_absolute_paths(check_recipe(data, str(path), lines), path.resolve().parent)
+        given = _apply(data, override)
+        spots = {key: spot for key, spot in spots.items() if key[: len(given)] != given}
+        spots[given] = f"--set {override}"
+    return _with_absolute_paths(check_recipe(data, str(path), spots), path.resolve().parent)
 
 
 def parse_yaml(text: str, where: str) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
@@ -96,7 +99,8 @@ def _collect_lines(node: Any, at: tuple[str, ...], lines: dict[tuple[str, ...], 
         _collect_lines(value, path, lines, where)
 
 
-def _apply(data: dict[str, Any], override: str) -> None:
+def _apply(data: dict[str, Any], override: str) -> tuple[str, ...]:
+    """Sets one value and returns where."""
     key, sign, text = override.partition("=")
     parts = key.strip().split(".")
     if not sign or not all(parts):
@@ -108,26 +112,27 @@ def _apply(data: dict[str, Any], override: str) -> None:
             raise RecipeError(f"--set {override}: {part} holds a value, not a section")
         at = at[part]
     at[parts[-1]] = value
+    return tuple(parts)
 
 
-def check_recipe(data: dict[str, Any], where: str, lines: dict[tuple[str, ...], int] | None = None) -> Recipe:
-    """The recipe in a mapping; RecipeError lists every fault, one a line."""
+def check_recipe(data: dict[str, Any], where: str, spots: dict[tuple[str, ...], str] | None = None) -> Recipe:
+    """The recipe in a mapping; RecipeError lists every fault, one a line. `spots` says where each key was written."""
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        faults = [_describe(fault, data, where, lines or {}) for fault in error.errors()]
+        faults = [_describe(fault, data, where, spots or {}) for fault in error.errors()]
         raise RecipeError("\n".join(faults)) from None
 
 
-def _describe(fault: Any, data: dict[str, Any], where: str, lines: dict[tuple[str, ...], int]) -> str:
+def _describe(fault: Any, data: dict[str, Any], where: str, spots: dict[tuple[str, ...], str]) -> str:
     location = _without_kinds([str(part) for part in fault["loc"] if part not in TAGS])
     if fault["type"] in ("union_tag_invalid", "union_tag_not_found"):
         location.append("kind")
     spot, near = where, tuple(location)
-    while near and near not in lines:
+    while near and near not in spots:
         near = near[:-1]
     if near:
-        spot = f"{where}:{lines[near]}"
+        spot = spots[near]
     dotted = ".".join(location) or "recipe"
     if fault["type"] == "extra_forbidden":
         allowed = _keys_at(location[:-1], data)

@@ -18,7 +18,7 @@ from typing import Any
 
 from selfplay import metrics, store
 from selfplay.audit import audit
-from selfplay.errors import Stopped
+from selfplay.errors import GateError, Stopped
 from selfplay.filters import make_filters
 from selfplay.models import open_generator
 from selfplay.pairs import Selection, make_selector
@@ -254,6 +254,11 @@ def iterate(
                 if not (run.round(index).folder / "round.json").exists():
                     play_round(run.round(index))
             play_last_panel(run)
+        except GateError as error:
+            raise type(error)(
+                f"{error}\nThis run keeps its recipe. With other settings take a new --out, or do the stages that are left "
+                f"one by one on the files in {folder} (selfplay judge, pairs, train)"
+            ) from error
         except KeyboardInterrupt:
             raise Stopped(f"stopped; what is finished is in {folder}. The same command goes on from there") from None
     return metrics.status(folder)

@@ -220,3 +220,13 @@ def test_a_dumped_recipe_reads_back_equal(text: str, checks: list[Any], rate: fl
     )
     data, _ = parse_yaml(dump_recipe(recipe), "dump")
     assert check_recipe(data, "dump") == recipe
+
+
+def test_a_fault_of_an_override_is_reported_as_the_overrides_own(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model: m\nprompts: {source: p.jsonl, deal: same}\ntrain:\n  beta: 0.1\n  batch_size: zero\n")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, ["train.beta=-1"])
+    lines = str(caught.value).splitlines()
+    assert any(line.startswith("--set train.beta=-1: train.beta:") for line in lines), lines
+    assert any(line.startswith(f"{path}:5: train.batch_size:") for line in lines), lines
