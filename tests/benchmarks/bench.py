@@ -84,7 +84,8 @@ def print_training(results: Sequence[Result], console: Console) -> None:
     _print(columns, results, console)
     console.print(
         "seconds (memory: peak GiB above the imports), median [min, max]; x: theirs / ours; bound: the ratio to TRL tuned that "
-        "counting FLOPs allows; limit: least FLOPs at the GEMM rate above"
+        "counting FLOPs allows; limit: least FLOPs at the GEMM rate above",
+        markup=False,
     )
 
 
@@ -102,7 +103,9 @@ def print_engines(results: Sequence[Result], console: Console) -> None:
         shown = "" if ratio is None else f"{ratio:.2f}"
         table.add_row(result["id"], name, _spread(result, name, "seconds"), tokens, shown)
     console.print(table)
-    console.print("median [min, max]; ratio: to the last peer of the benchmark, above 1 where ours is faster")
+    console.print(
+        "median [min, max]; ratio: to the last peer of the benchmark, above 1 where ours is faster", markup=False
+    )
 
 
 def _print(columns: Mapping[str, Callable[[Result], str]], results: Sequence[Result], console: Console) -> None:
