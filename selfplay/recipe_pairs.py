@@ -51,13 +51,14 @@ class AnyPairs(Section):
 
 
 class ScoredPairs(AnyPairs):
-    """What every kind that reads scores has. `truncated: rejected` lets a completion that max_tokens cut be rejected (never
-    chosen): without it nothing teaches the policy to end in time, and its completions grow from round to round.
+    """What every kind that reads scores has. `truncated: judged` takes a completion that max_tokens cut as the judge scored
+    it; by default it enters no pair. Where the judge fails what is cut, as rules do, its pairs teach the policy to end in time,
+    which nothing else does: without them completions may grow from round to round.
     """
 
     reads_scores: ClassVar[bool] = True
 
-    truncated: Literal["drop", "rejected"] = "drop"
+    truncated: Literal["drop", "judged"] = "drop"
     max_unparsed: Annotated[float, Field(ge=0, le=1)] = MAX_UNPARSED
 
     @property

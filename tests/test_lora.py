@@ -156,7 +156,7 @@ def test_a_whole_run_trains_an_adapter_over_two_rounds(base: Path, tmp_path: Pat
         "generator.kind=transformers",
         "generator.dtype=float32",
         "judge={kind: coin}",
-        "pairs.truncated=rejected",
+        "pairs.truncated=judged",
     )
     arguments = [word for change in changes for word in ("--set", change)]
     assert main(["iterate", str(recipe), "--out", str(tmp_path / "run"), *arguments]) == 0

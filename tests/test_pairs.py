@@ -1,6 +1,7 @@
 """From judgements to pairs: only what differs, ended, and was judged better."""
 
 import dataclasses
+import random
 from collections import Counter
 from collections.abc import Sequence
 
@@ -9,7 +10,15 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from selfplay.errors import DataError, SelfplayError
-from selfplay.pairs import BestVsWorst, GoldVsCompletion, make_pair, make_selector, select_pairs, unusable_reason
+from selfplay.pairs import (
+    BestVsWorst,
+    GoldVsCompletion,
+    make_pair,
+    make_selector,
+    select_pairs,
+    unusable_reason,
+    usable,
+)
 from selfplay.protocols import PairSelector
 from selfplay.recipe_pairs import BestVsWorstRecipe, GoldVsCompletionRecipe
 from selfplay.types import Completion, Group, Judgement, Message, PreferencePair, Prompt
@@ -84,18 +93,23 @@ def test_every_pair_of_random_judgements_is_right_and_every_row_is_accounted_for
 
 
 @given(judged_groups(), st.sampled_from([0.0, 0.3, 2.0]), st.integers(1, 3))
-def test_truncated_completions_are_rejected_on_request_and_never_chosen(
+def test_truncated_completions_are_paired_as_they_are_scored_on_request(
     judged: tuple[list[Group], list[Judgement]], margin: float, most: int
 ) -> None:
     groups, judgements = judged
-    found = select_pairs(BestVsWorst(margin, most, truncated="rejected"), groups, judgements)
+    found = select_pairs(BestVsWorst(margin, most, truncated="judged"), groups, judgements)
     by_id = {g.prompt.id: g for g in groups}
+    by_score = {j.prompt_id: j for j in judgements}
+    kept = {g.prompt.id: usable(g, by_score[g.prompt.id], keep_truncated=True) for g in groups}
     for pair in found.pairs:
         group = by_id[pair.prompt_id]
+        judgement = by_score[pair.prompt_id]
         assert pair.chosen_index is not None
         assert pair.rejected_index is not None
-        assert group.completions[pair.chosen_index].finish_reason == "stop"
+        assert pair.chosen == (Message("assistant", group.completions[pair.chosen_index].text),)
         assert pair.chosen != pair.rejected
+        scored = [s for i, s in enumerate(judgement.scores) if s is not None and i in kept[pair.prompt_id]]
+        assert (pair.chosen_score, pair.rejected_score) == (max(scored), min(scored))
         assert pair.margin is not None
         assert pair.margin >= max(margin - 1e-12, 0)
     used = {(p.prompt_id, i) for p in found.pairs for i in (p.chosen_index, p.rejected_index)}
@@ -103,15 +117,29 @@ def test_truncated_completions_are_rejected_on_request_and_never_chosen(
     assert found.unusable.get("truncated", 0) == len(truncated - used)
 
 
-def test_a_truncated_completion_is_met_as_often_as_it_occurs() -> None:
-    # one good, one cut and three bad completions of equal length: about a quarter of the pairs reject the cut one
+def test_a_judge_that_knows_nothing_chooses_what_is_cut_as_often_as_it_rejects_it() -> None:
+    rng, chosen, rejected, longer = random.Random(0), 0, 0, 0
+    texts = ["a", "bcd", "cdefgh", "d" * 12, "e" * 12]
+    for n in range(1000):
+        group = group_of(texts, id=f"p{n}", cut=[3, 4])
+        judgement = Judgement(group.prompt.id, tuple(float(rng.random() < 0.5) for _ in texts))
+        for pair in BestVsWorst(max_pairs_per_prompt=2, truncated="judged").select(group, judgement):
+            chosen += pair.chosen_index in (3, 4)
+            rejected += pair.rejected_index in (3, 4)
+            longer += len(pair.chosen_token_ids) - len(pair.rejected_token_ids)
+    assert chosen + rejected > 1000
+    assert abs(chosen - rejected) < 0.1 * (chosen + rejected)
+    assert abs(longer) < 0.5 * (chosen + rejected)
+
+
+def test_what_is_cut_is_met_although_it_is_the_longest() -> None:
+    # a judge of rules fails what is cut: the one good completion meets it in at least a fifth of the pairs
     cut = 0
     for n in range(400):
-        group = group_of(["good", "cut!", "bad1", "bad2", "bad3"], id=f"p{n}", cut=[1])
-        judgement = Judgement(group.prompt.id, (1.0, 0.0, 0.0, 0.0, 0.0))
-        (pair,) = BestVsWorst(truncated="rejected").select(group, judgement)
+        group = group_of(["good", "cut" * 9, "bad1", "bad2"], id=f"p{n}", cut=[1])
+        (pair,) = BestVsWorst(truncated="judged").select(group, Judgement(group.prompt.id, (1.0, 0.0, 0.0, 0.0)))
         cut += pair.rejected_index == 1
-    assert 70 < cut < 130
+    assert 80 < cut < 140
 
 
 @given(judged_groups(), st.integers(1, 3))

@@ -44,9 +44,9 @@ DRAWN = {
     **{name: make for name, (make, _) in SCORED.items() if name not in ("best_vs_worst", "win_rates")},
     "correct_vs_incorrect": lambda m, cut: CorrectVsIncorrect(0.5, 3, truncated=cut, seed=5),
     "correct_vs_incorrect, gold": lambda m, cut: CorrectVsIncorrect(0.5, 3, add_gold=True, truncated=cut, seed=5),
-    "gold_vs_completion": lambda m, cut: GoldVsCompletion(2, cut, seed=5),
+    "gold_vs_completion": lambda m, cut: GoldVsCompletion(2, "rejected" if cut == "judged" else cut, seed=5),
 }
-CUTS = ("drop", "rejected")
+CUTS = ("drop", "judged")
 
 
 @st.composite
@@ -70,8 +70,8 @@ def check_common(group: Group, judgement: Judgement, pairs: Sequence[PreferenceP
             assert completion is not None
             assert completion.text
             assert completion.token_ids == ids
-        assert cut == "rejected" or group.completions[pair.rejected_index].finish_reason == "stop"
-        assert pair.chosen_index is None or group.completions[pair.chosen_index].finish_reason == "stop"
+        indices = [i for i in (pair.chosen_index, pair.rejected_index) if i is not None]
+        assert cut == "judged" or all(group.completions[i].finish_reason == "stop" for i in indices)
     texts = [(pair.chosen, pair.rejected) for pair in pairs]
     assert len(texts) == len(set(texts)), "the same two texts make one pair"
 
@@ -306,7 +306,7 @@ class Holder(Section):
     [
         ({"min_margin": 1}, BestVsWorst(1, seed=7)),
         ({"length_rho": [0.0, 0.32]}, BestVsWorst(length_rho=0.32, seed=7)),
-        ({"kind": "best_vs_random", "truncated": "rejected"}, BestVsRandom(truncated="rejected", seed=7)),
+        ({"kind": "best_vs_random", "truncated": "judged"}, BestVsRandom(truncated="judged", seed=7)),
         ({"kind": "top_k_vs_bottom_k", "k": [1, 2], "min_margin": 0.5}, TopKVsBottomK(2, 0.5, seed=7)),
         ({"kind": "all_above_margin", "min_margin": 2, "max_pairs_per_prompt": 4}, AllAboveMargin(2, 4, seed=7)),
         (
@@ -314,6 +314,7 @@ class Holder(Section):
             CorrectVsIncorrect(3, 20, add_gold=True, seed=7),
         ),
         ({"kind": "gold_vs_completion", "max_pairs_per_prompt": 2}, GoldVsCompletion(2, seed=7)),
+        ({"kind": "gold_vs_completion", "truncated": "rejected"}, GoldVsCompletion(1, "rejected", seed=7)),
         (
             {"kind": "win_rates", "win_rate_from": "order", "length_rho": 0.1},
             WinRates("order", BestVsWorst(length_rho=0.1, seed=7)),

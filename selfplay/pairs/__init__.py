@@ -45,14 +45,14 @@ __all__ = [
 
 def make_selector(recipe: PairsRecipe, round: int, seed: int) -> PairSelector:
     """The selector that a recipe names, with the round's values. `seed` is that of the round's stage `pair`."""
+    if isinstance(recipe, GoldVsCompletionRecipe):
+        return GoldVsCompletion(at_round(recipe.max_pairs_per_prompt, round), recipe.truncated, seed)
     most, cut = optional_at_round(recipe.max_pairs_per_prompt, round), recipe.truncated
     if isinstance(recipe, AllAboveMarginRecipe):
         return AllAboveMargin(at_round(recipe.min_margin, round), most, cut, seed)
     if isinstance(recipe, TopKVsBottomKRecipe):
         return TopKVsBottomK(at_round(recipe.k, round), at_round(recipe.min_margin, round), most, cut, seed)
     assert most is not None, "only these two go without a cap"
-    if isinstance(recipe, GoldVsCompletionRecipe):
-        return GoldVsCompletion(most, cut, seed)
     if isinstance(recipe, CorrectVsIncorrectRecipe):
         return CorrectVsIncorrect(recipe.correct_score, most, recipe.add_gold, cut, seed)
     margin = at_round(recipe.min_margin, round)

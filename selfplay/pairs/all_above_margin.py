@@ -24,9 +24,9 @@ class AllAboveMargin:
         found, draw = scored(group, judgement, truncated=self.truncated), Draw(self.seed, group)
         edges = [
             (c, r)
-            for c, better in found.chosen.items()
-            for r, worse in found.rejected.items()
+            for c, better in found.items()
+            for r, worse in found.items()
             if better > worse and better - worse >= self.min_margin
         ]
-        edges.sort(key=lambda edge: (draw.place(*edge), found.chosen[edge[0]], found.rejected[edge[1]]))
+        edges.sort(key=lambda edge: (draw.place(*edge), found[edge[0]], found[edge[1]]))
         return first_pairs(group, judgement, edges, self.max_pairs_per_prompt)

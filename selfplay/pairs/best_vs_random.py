@@ -22,10 +22,10 @@ class BestVsRandom:
     def select(self, group: Group, judgement: Judgement | None) -> list[PreferencePair]:
         """At most max_pairs_per_prompt pairs of one group, all with the same chosen."""
         found, draw = scored(group, judgement, truncated=self.truncated), Draw(self.seed, group)
-        if not found.chosen:
+        if not found:
             return []
-        best = max(found.chosen.values())
-        chosen = min((c for c, score in found.chosen.items() if score == best), key=draw.place)
-        lower = [r for r, score in found.rejected.items() if score < best and best - score >= self.min_margin]
-        lower.sort(key=lambda r: (draw.place(r), found.rejected[r]))
+        best = max(found.values())
+        chosen = min((c for c, score in found.items() if score == best), key=draw.place)
+        lower = [r for r, score in found.items() if score < best and best - score >= self.min_margin]
+        lower.sort(key=lambda r: (draw.place(r), found[r]))
         return first_pairs(group, judgement, [(chosen, r) for r in lower], self.max_pairs_per_prompt)

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from selfplay.pairs.eligible import Draw, Scored, Truncated, scored
+from selfplay.pairs.eligible import Draw, Truncated, scored
 from selfplay.pairs.pair import make_pair
-from selfplay.types import Group, Judgement, PreferencePair, derive_seed
+from selfplay.types import Group, Judgement, PreferencePair
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,8 +15,9 @@ class BestVsWorst:
     Where several completions share the best or the worst score, each is used once, and those closest in length are paired
     first, so that a pair teaches as little as it can about length.
 
-    With `truncated="rejected"` truncated completions may be rejected. Then the worst ones are taken in an order drawn by a
-    hash, so that truncated ones are met as often as they occur, each with the best one that is closest in length.
+    With `truncated="judged"` truncated completions, the longest of all, would be met too rarely by that rule. Then one of the
+    best or worst is drawn, paired with the one of the other side that is closest in length, and so on. The draw knows no
+    side, so that the pairs of a judge without any knowledge teach nothing about length.
 
     With `length_rho` = rho lengths are controlled by the rule of Meta-Rewarding (arXiv:2407.19594): chosen is the shortest
     completion with score >= (1 - rho) max + rho min, rejected the longest with score <= (1 - rho) min + rho max, in tokens,
@@ -32,9 +33,9 @@ class BestVsWorst:
     def select(self, group: Group, judgement: Judgement | None) -> list[PreferencePair]:
         """At most max_pairs_per_prompt pairs of one group."""
         found = scored(group, judgement, truncated=self.truncated)
-        if not found.chosen:
+        if not found:
             return []
-        best, worst = max(found.chosen.values()), min(found.rejected.values())
+        best, worst = max(found.values()), min(found.values())
         if best <= worst or best - worst < self.min_margin:
             return []
         text = [c.text for c in group.completions]
@@ -46,29 +47,33 @@ class BestVsWorst:
                 pairs.append(make_pair(group, chosen=c, rejected=r, judgement=judgement))
         return pairs
 
-    def _edges(self, group: Group, found: Scored, best: float, worst: float) -> list[tuple[int, int]]:
+    def _edges(self, group: Group, found: dict[int, float], best: float, worst: float) -> list[tuple[int, int]]:
         """(chosen, rejected) in the order in which they are taken."""
         if self.length_rho is None:
-            tiers = (
-                [c for c, s in found.chosen.items() if s == best],
-                [r for r, s in found.rejected.items() if s == worst],
-            )
-            return sorted(((c, r) for c in tiers[0] for r in tiers[1]), key=lambda edge: self._order(group, *edge))
+            tiers = [c for c, s in found.items() if s == best], [r for r, s in found.items() if s == worst]
+            return self._closest([(c, r) for c in tiers[0] for r in tiers[1]], group)
         rho, length, draw = self.length_rho, [len(c.token_ids) for c in group.completions], Draw(self.seed, group)
         high, low = (1 - rho) * best + rho * worst, (1 - rho) * worst + rho * best
         edges = [
             (c, r)
-            for c, better in found.chosen.items()
-            for r, worse in found.rejected.items()
+            for c, better in found.items()
+            for r, worse in found.items()
             if better >= high and worse <= low and better > worse and better - worse >= self.min_margin
         ]
         return sorted(
             edges,
-            key=lambda edge: (length[edge[0]], -length[edge[1]], draw.place(*edge), found.rejected[edge[1]]),
+            key=lambda edge: (length[edge[0]], -length[edge[1]], draw.place(*edge), found[edge[1]]),
         )
 
-    def _order(self, group: Group, chosen: int, rejected: int) -> tuple[int, ...]:
-        gap = abs(len(group.completions[chosen].token_ids) - len(group.completions[rejected].token_ids))
-        if self.truncated == "rejected":
-            return (derive_seed(group.prompt.id, "rejected", rejected), gap, chosen, rejected)
-        return (gap, chosen, rejected)
+    def _closest(self, edges: list[tuple[int, int]], group: Group) -> list[tuple[int, int]]:
+        length = [len(c.token_ids) for c in group.completions]
+        if self.truncated == "drop":
+            return sorted(edges, key=lambda edge: (abs(length[edge[0]] - length[edge[1]]), *edge))
+        draw = Draw(self.seed, group)
+        place = [draw.place(i) for i in range(len(length))]
+
+        def order(edge: tuple[int, int]) -> tuple[int, ...]:
+            first, second = sorted(edge, key=lambda i: place[i])
+            return (place[first], abs(length[first] - length[second]), place[second], *edge)
+
+        return sorted(edges, key=order)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from selfplay.pairs.eligible import Draw, Scored, Truncated, scored
+from selfplay.pairs.eligible import Draw, Truncated, scored
 from selfplay.pairs.gold_vs_completion import require_gold
 from selfplay.pairs.pair import Edge, first_pairs
 from selfplay.types import Group, Judgement, PreferencePair
@@ -27,7 +27,7 @@ class CorrectVsIncorrect:
         correct, incorrect, found = self._sides(group, judgement)
         draw = Draw(self.seed, group)
         edges: list[Edge] = [(c, r) for c in correct for r in incorrect]
-        edges.sort(key=lambda edge: (draw.place(*edge), found.rejected[edge[1]]))
+        edges.sort(key=lambda edge: (draw.place(*edge), found[edge[1]]))
         return first_pairs(group, judgement, edges, self.max_pairs_per_prompt)
 
     def why_none(self, group: Group, judgement: Judgement | None) -> str:
@@ -37,12 +37,12 @@ class CorrectVsIncorrect:
             return "no correct completion"
         return "no incorrect completion" if not incorrect else "correct and incorrect completions have equal texts"
 
-    def _sides(self, group: Group, judgement: Judgement | None) -> tuple[list[int | None], list[int], Scored]:
+    def _sides(self, group: Group, judgement: Judgement | None) -> tuple[list[int | None], list[int], dict[int, float]]:
         found = scored(group, judgement, truncated=self.truncated)
         gold = require_gold(group).text.strip() if self.add_gold else ""
         correct: list[int | None] = [None] if gold else []
         # a completion with the gold answer's text is that answer once more, whatever its score
         same = {i for i, c in enumerate(group.completions) if gold and c.text == gold}
-        correct += [c for c, score in found.chosen.items() if score >= self.correct_score and c not in same]
-        incorrect = [r for r, score in found.rejected.items() if score < self.correct_score and r not in same]
+        correct += [c for c, score in found.items() if score >= self.correct_score and c not in same]
+        incorrect = [r for r, score in found.items() if score < self.correct_score and r not in same]
         return correct, incorrect, found

@@ -1,22 +1,23 @@
 """Which completions may enter a pair, and the order in which pairs are drawn.
 
-A completion enters a pair only where it ended by itself, is not empty, and differs from the other one. A completion
-without a verdict never enters a scored pair.
+A completion enters a pair only where it is not empty, differs from the other one and, unless the recipe's `pairs.truncated`
+says otherwise, ended by itself. A completion without a verdict never enters a scored pair.
 """
 
-from dataclasses import dataclass
 from typing import Literal
 
 from selfplay.types import Completion, Group, Judgement, derive_seed
 
-Truncated = Literal["drop", "rejected"]
+Truncated = Literal["drop", "judged"]  # of completions that max_tokens cut: they enter no pair, or as they are scored
 
 
-def unusable_reason(group: Group, index: int, judgement: Judgement | None) -> str | None:
+def unusable_reason(
+    group: Group, index: int, judgement: Judgement | None, *, keep_truncated: bool = False
+) -> str | None:
     """Why completion `index` may not enter a pair; None where it may. Of equal texts the lowest-scored one may."""
     completion = group.completions[index]
     scores = judgement.scores if judgement is not None else (0.0,) * len(group.completions)
-    reason = _own_reason(completion, scores[index])
+    reason = _own_reason(completion, scores[index], keep_truncated)
     if reason is not None:
         return reason
     if judgement is None and group.gold is not None:
@@ -24,43 +25,39 @@ def unusable_reason(group: Group, index: int, judgement: Judgement | None) -> st
             return "empty gold answer"
         if completion.text == group.gold.text.strip():
             return "equal to gold"
-    twins = [i for i, c in enumerate(group.completions) if c.text == completion.text and not _own_reason(c, scores[i])]
-    return None if min(twins, key=lambda i: (scores[i] or 0.0, i)) == index else "equal to another"
+    twins = [
+        i
+        for i, c in enumerate(group.completions)
+        if c.text == completion.text and not _own_reason(c, scores[i], keep_truncated)
+    ]
+    first = min(twins, key=lambda i: (scores[i] or 0.0, group.completions[i].token_ids, i))
+    return None if first == index else "equal to another"
 
 
-def _own_reason(completion: Completion, score: float | None) -> str | None:
-    if completion.finish_reason == "length":
+def _own_reason(completion: Completion, score: float | None, keep_truncated: bool) -> str | None:
+    if completion.finish_reason == "length" and not keep_truncated:
         return "truncated"
     if not completion.text:
         return "empty"
     return "no verdict" if score is None else None
 
 
-def usable(group: Group, judgement: Judgement | None) -> list[int]:
+def usable(group: Group, judgement: Judgement | None, *, keep_truncated: bool = False) -> list[int]:
     """Indices of the completions that may enter a pair."""
-    return [i for i in range(len(group.completions)) if unusable_reason(group, i, judgement) is None]
+    reasons = (
+        unusable_reason(group, i, judgement, keep_truncated=keep_truncated) for i in range(len(group.completions))
+    )
+    return [i for i, reason in enumerate(reasons) if reason is None]
 
 
-def cut_short(group: Group) -> list[int]:
-    """Indices of the completions that max_tokens cut and that hold any text."""
-    return [i for i, c in enumerate(group.completions) if c.finish_reason == "length" and c.text]
-
-
-@dataclass(frozen=True, slots=True)
-class Scored:
-    """Scores by index of what may be chosen and of what may be rejected."""
-
-    chosen: dict[int, float]
-    rejected: dict[int, float]
-
-
-def scored(group: Group, judgement: Judgement | None, *, truncated: Truncated) -> Scored:
-    """What a selector of scores may pair; with `truncated="rejected"` truncated completions may be rejected."""
+def scored(group: Group, judgement: Judgement | None, *, truncated: Truncated) -> dict[int, float]:
+    """Scores by index of the completions that a selector of scores may pair. `judged` takes a truncated completion as the
+    judge scored it, chosen or rejected. To reject it whatever the judge says would teach shortness even with a judge that
+    knows nothing: a coin's pairs would no longer cancel.
+    """
     assert judgement is not None, "the recipe guarantees a judge"
-    found = {i: score for i, score in enumerate(judgement.scores) if score is not None}
-    chosen = {i: found[i] for i in usable(group, judgement) if i in found}
-    cut = cut_short(group) if truncated == "rejected" else []
-    return Scored(chosen, chosen | {i: found[i] for i in cut if i in found})
+    indices = usable(group, judgement, keep_truncated=truncated == "judged")
+    return {i: score for i in indices if (score := judgement.scores[i]) is not None}
 
 
 class Draw:

@@ -1,9 +1,10 @@
 """The gold answer against completions of the policy."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from selfplay.errors import DataError
-from selfplay.pairs.eligible import Draw, Truncated, cut_short, usable
+from selfplay.pairs.eligible import Draw, usable
 from selfplay.pairs.pair import Edge, first_pairs
 from selfplay.types import Completion, Group, Judgement, PreferencePair
 
@@ -16,15 +17,13 @@ class GoldVsCompletion:
     """
 
     max_pairs_per_prompt: int = 1
-    truncated: Truncated = "drop"
+    truncated: Literal["drop", "rejected"] = "drop"
     seed: int = 0
 
     def select(self, group: Group, judgement: Judgement | None) -> list[PreferencePair]:
         """At most max_pairs_per_prompt pairs of one group. DataError where the prompt has no gold answer."""
-        gold = require_gold(group).text.strip()
-        indices = usable(group, None)
-        if self.truncated == "rejected" and gold:
-            indices += [i for i in cut_short(group) if group.completions[i].text != gold]
+        require_gold(group)
+        indices = usable(group, None, keep_truncated=self.truncated == "rejected")
         draw = Draw(self.seed, group)
         edges: list[Edge] = [(None, i) for i in sorted(indices, key=draw.place)]
         return first_pairs(group, None, edges, self.max_pairs_per_prompt)

@@ -23,10 +23,10 @@ class TopKVsBottomK:
     def select(self, group: Group, judgement: Judgement | None) -> list[PreferencePair]:
         """At most min(k * k, max_pairs_per_prompt) pairs of one group."""
         found, draw = scored(group, judgement, truncated=self.truncated), Draw(self.seed, group)
-        top = sorted(found.chosen, key=lambda c: (-found.chosen[c], draw.place(c)))[: self.k]
-        rest = [r for r in found.rejected if r not in top]
-        bottom = sorted(rest, key=lambda r: (found.rejected[r], draw.place(r)))[: self.k]
-        margins = {(c, r): found.chosen[c] - found.rejected[r] for c in top for r in bottom}
+        top = sorted(found, key=lambda c: (-found[c], draw.place(c)))[: self.k]
+        rest = [r for r in found if r not in top]
+        bottom = sorted(rest, key=lambda r: (found[r], draw.place(r)))[: self.k]
+        margins = {(c, r): found[c] - found[r] for c in top for r in bottom}
         edges = [edge for edge, margin in margins.items() if margin > 0 and margin >= self.min_margin]
         edges.sort(key=lambda edge: (-margins[edge], draw.place(*edge)))
         return first_pairs(group, judgement, edges, self.max_pairs_per_prompt)

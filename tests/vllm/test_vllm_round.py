@@ -58,7 +58,7 @@ def test_a_whole_round_on_vllm_is_audited_and_an_over_long_prompt_is_dropped(
                 "max_tokens": 64,
                 "max_model_len": 256,
             },
-            "pairs": {"truncated": "rejected"},
+            "pairs": {"truncated": "judged"},
             "train": {"learning_rate": 1e-3, "bf16": False},
         },
         "recipe",
