@@ -52,6 +52,12 @@ class CapPerPromptRecipe(Section):
     max_pairs: PerRound[PositiveInt]
 
 
+class BalanceLengthRecipe(Section):
+    """Weights under which the chosen completions of a round are as long as the rejected ones."""
+
+    kind: Literal["balance_length"]
+
+
 class PythonFilterRecipe(Section):
     """A function of the user: "file.py:name" or "package.module:name". Runs only with --allow-code."""
 
@@ -65,6 +71,7 @@ FilterRecipe = Annotated[
     | NearDuplicatesRecipe
     | ContradictionsRecipe
     | CapPerPromptRecipe
+    | BalanceLengthRecipe
     | PythonFilterRecipe,
     Field(discriminator="kind"),
 ]

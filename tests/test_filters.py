@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from selfplay.errors import RecipeError, SecurityError, SelfplayError
 from selfplay.filters import NamedFilter, apply_filters, load_programs, make_filters
 from selfplay.filters.apply import key_of
+from selfplay.filters.balance_length import BalanceLength
 from selfplay.filters.cap_per_prompt import CapPerPrompt
 from selfplay.filters.contradictions import Contradictions
 from selfplay.filters.exact_duplicates import ExactDuplicates
@@ -289,3 +290,23 @@ def test_a_recipe_lists_its_filters_with_the_rounds_values() -> None:
     assert filters[2:] == [NearDuplicates(2, 0.9), Contradictions("newest"), CapPerPrompt(4)]
     (everything,) = make_filters(BestVsWorstRecipe.model_validate({"filters": listed[5:]}), 4, {})
     assert everything.filter == MixPrevious(None)
+
+
+@given(pairs=some_pairs(), uneven=st.lists(st.sampled_from([0.5, 1.0, 2.0]), min_size=12, max_size=12))
+def test_balanced_pairs_are_as_long_on_both_sides_and_all_there(
+    pairs: list[PreferencePair], uneven: list[float]
+) -> None:
+    pairs = [dataclasses.replace(one, weight=weight) for one, weight in zip(pairs, uneven, strict=False)]
+    found = BalanceLength()(pairs, NOTHING)
+    assert brief(found) == brief(pairs)
+    assert all(0 < new.weight <= old.weight for new, old in zip(found, pairs, strict=True))
+    gaps = [len(p.chosen_token_ids) - len(p.rejected_token_ids) for p in pairs]
+    if min(gaps, default=0) < 0 < max(gaps, default=0):
+        assert sum(p.weight * gap for p, gap in zip(found, gaps, strict=True)) == pytest.approx(0, abs=1e-9)
+    else:
+        assert found == pairs
+
+
+def test_only_the_heavier_side_loses_weight() -> None:
+    pairs = [pair("p", "aaaa", "b"), pair("p", "aaaaa", "b"), pair("p", "a", "bb"), pair("p", "a", "b")]
+    assert [one.weight for one in BalanceLength()(pairs, NOTHING)] == [1 / 7, 1 / 7, 1.0, 1.0]

@@ -11,8 +11,12 @@ from hypothesis import strategies as st
 
 from selfplay.errors import DataError, SelfplayError
 from selfplay.pairs import (
+    AllAboveMargin,
+    BestVsRandom,
     BestVsWorst,
     GoldVsCompletion,
+    TopKVsBottomK,
+    WinRates,
     make_pair,
     make_selector,
     select_pairs,
@@ -112,9 +116,35 @@ def test_truncated_completions_are_paired_as_they_are_scored_on_request(
         assert (pair.chosen_score, pair.rejected_score) == (max(scored), min(scored))
         assert pair.margin is not None
         assert pair.margin >= max(margin - 1e-12, 0)
-    used = {(p.prompt_id, i) for p in found.pairs for i in (p.chosen_index, p.rejected_index)}
-    truncated = {(g.prompt.id, i) for g in groups for i, c in enumerate(g.completions) if c.finish_reason == "length"}
-    assert found.unusable.get("truncated", 0) == len(truncated - used)
+    assert "truncated" not in found.unusable
+    total = sum(len(group.completions) for group in groups)
+    assert sum(map(len, kept.values())) + sum(found.unusable.values()) == total
+
+
+def test_cut_completions_of_equal_score_are_a_tie_and_not_unusable() -> None:
+    group = group_of(["a", "b", "c"], cut=[0, 1, 2])
+    found = select_pairs(WinRates("order", BestVsWorst(truncated="judged")), [group], [Judgement("p", (0.0, 0.0, 0.0))])
+    assert [drop.reason for drop in found.drops] == ["tie, or margin below min_margin"]
+    assert found.unusable == {}
+
+
+def test_a_judge_that_knows_nothing_chooses_a_repeated_text_as_often_as_it_rejects_it() -> None:
+    rng, met = random.Random(0), Counter[bool]()
+    for n in range(1000):
+        group = group_of(["Yes.", "Yes.", "Yes.", "No, never.", "Perhaps, one day.", "Who can tell?"], id=f"p{n}")
+        judgement = Judgement(group.prompt.id, tuple(float(rng.random() < 0.5) for _ in group.completions))
+        for pair in BestVsWorst().select(group, judgement):
+            met.update(text == "Yes." for text in [pair.chosen[0].content])
+            met.subtract(text == "Yes." for text in [pair.rejected[0].content])
+    assert abs(met[True]) < 100
+
+
+@pytest.mark.parametrize("selector", [BestVsWorst(0.2), AllAboveMargin(0.2), BestVsRandom(0.2), TopKVsBottomK(1, 0.2)])
+def test_a_margin_in_steps_of_a_fifth_is_reached_at_every_height(selector: PairSelector) -> None:
+    for high in range(1, 6):
+        group = group_of(["a", "b"])
+        assert len(selector.select(group, Judgement("p", (high / 5, (high - 1) / 5)))) == 1
+        assert len(selector.select(group, Judgement("p", (high / 5, (high - 0.9) / 5)))) == 0
 
 
 def test_a_judge_that_knows_nothing_chooses_what_is_cut_as_often_as_it_rejects_it() -> None:
@@ -130,16 +160,6 @@ def test_a_judge_that_knows_nothing_chooses_what_is_cut_as_often_as_it_rejects_i
     assert chosen + rejected > 1000
     assert abs(chosen - rejected) < 0.1 * (chosen + rejected)
     assert abs(longer) < 0.5 * (chosen + rejected)
-
-
-def test_what_is_cut_is_met_although_it_is_the_longest() -> None:
-    # a judge of rules fails what is cut: the one good completion meets it in at least a fifth of the pairs
-    cut = 0
-    for n in range(400):
-        group = group_of(["good", "cut" * 9, "bad1", "bad2"], id=f"p{n}", cut=[1])
-        (pair,) = BestVsWorst(truncated="judged").select(group, Judgement(group.prompt.id, (1.0, 0.0, 0.0, 0.0)))
-        cut += pair.rejected_index == 1
-    assert 80 < cut < 140
 
 
 @given(judged_groups(), st.integers(1, 3))

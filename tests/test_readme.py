@@ -87,7 +87,7 @@ def test_the_readmes_python_block_runs(checkout: list[str], tmp_path: Path, monk
         return load_recipe(path, [*checkout, "judge.truncated_fails=false"])
 
     monkeypatch.setattr(selfplay, "load_recipe", load)
-    monkeypatch.setattr("selfplay.pairs.eligible.usable", lambda group, judgement: list(range(len(group.completions))))
+    monkeypatch.setattr("selfplay.pairs.eligible.usable", lambda group, *_, **__: list(range(len(group.completions))))
     exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
     assert selfplay.status(tmp_path / "runs" / "shorter")["rounds"][0]["state"] == "done"
 

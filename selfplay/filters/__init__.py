@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from selfplay.filters.apply import FilterCounts, NamedFilter, apply_filters
+from selfplay.filters.balance_length import BalanceLength
 from selfplay.filters.cap_per_prompt import CapPerPrompt
 from selfplay.filters.contradictions import Contradictions
 from selfplay.filters.exact_duplicates import ExactDuplicates
@@ -14,6 +15,7 @@ from selfplay.filters.near_duplicates import NearDuplicates
 from selfplay.filters.python import LoadedFilter, load_filter
 from selfplay.protocols import PairFilter
 from selfplay.recipe_filters import (
+    BalanceLengthRecipe,
     CapPerPromptRecipe,
     ContradictionsRecipe,
     ExactDuplicatesRecipe,
@@ -58,6 +60,8 @@ def _make_filter(recipe: FilterRecipe, round: int, programs: Programs) -> PairFi
         return NearDuplicates(recipe.ngram, recipe.threshold)
     if isinstance(recipe, ContradictionsRecipe):
         return Contradictions(recipe.keep)
+    if isinstance(recipe, BalanceLengthRecipe):
+        return BalanceLength()
     if isinstance(recipe, CapPerPromptRecipe):
         return CapPerPrompt(at_round(recipe.max_pairs, round))
     return programs[recipe.target]

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from selfplay.pairs.eligible import Draw, Truncated, scored
+from selfplay.pairs.eligible import Draw, Truncated, reaches, scored
 from selfplay.pairs.pair import first_pairs
 from selfplay.types import Group, Judgement, PreferencePair
 
@@ -26,7 +26,7 @@ class AllAboveMargin:
             (c, r)
             for c, better in found.items()
             for r, worse in found.items()
-            if better > worse and better - worse >= self.min_margin
+            if better > worse and reaches(better - worse, self.min_margin)
         ]
         edges.sort(key=lambda edge: (draw.place(*edge), found[edge[0]], found[edge[1]]))
         return first_pairs(group, judgement, edges, self.max_pairs_per_prompt)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from selfplay.pairs.eligible import Draw, Truncated, scored
+from selfplay.pairs.eligible import Draw, Truncated, reaches, scored
 from selfplay.pairs.pair import first_pairs
 from selfplay.types import Group, Judgement, PreferencePair
 
@@ -26,6 +26,6 @@ class BestVsRandom:
             return []
         best = max(found.values())
         chosen = min((c for c, score in found.items() if score == best), key=draw.place)
-        lower = [r for r, score in found.items() if score < best and best - score >= self.min_margin]
+        lower = [r for r, score in found.items() if score < best and reaches(best - score, self.min_margin)]
         lower.sort(key=lambda r: (draw.place(r), found[r]))
         return first_pairs(group, judgement, [(chosen, r) for r in lower], self.max_pairs_per_prompt)

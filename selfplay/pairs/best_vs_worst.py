@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from selfplay.pairs.eligible import Draw, Truncated, scored
+from selfplay.pairs.eligible import Draw, Truncated, reaches, scored
 from selfplay.pairs.pair import make_pair
 from selfplay.types import Group, Judgement, PreferencePair
 
@@ -14,10 +14,6 @@ class BestVsWorst:
 
     Where several completions share the best or the worst score, each is used once, and those closest in length are paired
     first, so that a pair teaches as little as it can about length.
-
-    With `truncated="judged"` truncated completions, the longest of all, would be met too rarely by that rule. Then one of the
-    best or worst is drawn, paired with the one of the other side that is closest in length, and so on. The draw knows no
-    side, so that the pairs of a judge without any knowledge teach nothing about length.
 
     With `length_rho` = rho lengths are controlled by the rule of Meta-Rewarding (arXiv:2407.19594): chosen is the shortest
     completion with score >= (1 - rho) max + rho min, rejected the longest with score <= (1 - rho) min + rho max, in tokens,
@@ -36,7 +32,7 @@ class BestVsWorst:
         if not found:
             return []
         best, worst = max(found.values()), min(found.values())
-        if best <= worst or best - worst < self.min_margin:
+        if best <= worst or not reaches(best - worst, self.min_margin):
             return []
         text = [c.text for c in group.completions]
         pairs: list[PreferencePair] = []
@@ -49,31 +45,20 @@ class BestVsWorst:
 
     def _edges(self, group: Group, found: dict[int, float], best: float, worst: float) -> list[tuple[int, int]]:
         """(chosen, rejected) in the order in which they are taken."""
+        length = [len(c.token_ids) for c in group.completions]
         if self.length_rho is None:
             tiers = [c for c, s in found.items() if s == best], [r for r, s in found.items() if s == worst]
-            return self._closest([(c, r) for c in tiers[0] for r in tiers[1]], group)
-        rho, length, draw = self.length_rho, [len(c.token_ids) for c in group.completions], Draw(self.seed, group)
+            edges = [(c, r) for c in tiers[0] for r in tiers[1]]
+            return sorted(edges, key=lambda edge: (abs(length[edge[0]] - length[edge[1]]), *edge))
+        rho, draw = self.length_rho, Draw(self.seed, group)
         high, low = (1 - rho) * best + rho * worst, (1 - rho) * worst + rho * best
         edges = [
             (c, r)
             for c, better in found.items()
             for r, worse in found.items()
-            if better >= high and worse <= low and better > worse and better - worse >= self.min_margin
+            if better >= high and worse <= low and better > worse and reaches(better - worse, self.min_margin)
         ]
         return sorted(
             edges,
             key=lambda edge: (length[edge[0]], -length[edge[1]], draw.place(*edge), found[edge[1]]),
         )
-
-    def _closest(self, edges: list[tuple[int, int]], group: Group) -> list[tuple[int, int]]:
-        length = [len(c.token_ids) for c in group.completions]
-        if self.truncated == "drop":
-            return sorted(edges, key=lambda edge: (abs(length[edge[0]] - length[edge[1]]), *edge))
-        draw = Draw(self.seed, group)
-        place = [draw.place(i) for i in range(len(length))]
-
-        def order(edge: tuple[int, int]) -> tuple[int, ...]:
-            first, second = sorted(edge, key=lambda i: place[i])
-            return (place[first], abs(length[first] - length[second]), place[second], *edge)
-
-        return sorted(edges, key=order)

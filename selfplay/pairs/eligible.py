@@ -14,7 +14,9 @@ Truncated = Literal["drop", "judged"]  # of completions that max_tokens cut: the
 def unusable_reason(
     group: Group, index: int, judgement: Judgement | None, *, keep_truncated: bool = False
 ) -> str | None:
-    """Why completion `index` may not enter a pair; None where it may. Of equal texts the lowest-scored one may."""
+    """Why completion `index` may not enter a pair; None where it may. Of equal texts one may, drawn by a hash: to take the
+    lowest-scored or the highest-scored would teach something about texts that repeat even with a judge that knows nothing.
+    """
     completion = group.completions[index]
     scores = judgement.scores if judgement is not None else (0.0,) * len(group.completions)
     reason = _own_reason(completion, scores[index], keep_truncated)
@@ -30,8 +32,8 @@ def unusable_reason(
         for i, c in enumerate(group.completions)
         if c.text == completion.text and not _own_reason(c, scores[i], keep_truncated)
     ]
-    first = min(twins, key=lambda i: (scores[i] or 0.0, group.completions[i].token_ids, i))
-    return None if first == index else "equal to another"
+    drawn = min(twins, key=lambda i: (derive_seed(group.prompt.id, str(scores[i])), group.completions[i].token_ids, i))
+    return None if drawn == index else "equal to another"
 
 
 def _own_reason(completion: Completion, score: float | None, keep_truncated: bool) -> str | None:
@@ -48,6 +50,11 @@ def usable(group: Group, judgement: Judgement | None, *, keep_truncated: bool = 
         unusable_reason(group, i, judgement, keep_truncated=keep_truncated) for i in range(len(group.completions))
     )
     return [i for i, reason in enumerate(reasons) if reason is None]
+
+
+def reaches(margin: float, min_margin: float) -> bool:
+    """Whether a margin is at least min_margin, up to what floats lose: 1.0 - 0.8 reaches 0.2."""
+    return margin >= min_margin - 1e-9 * max(1.0, abs(min_margin))
 
 
 def scored(group: Group, judgement: Judgement | None, *, truncated: Truncated) -> dict[int, float]:

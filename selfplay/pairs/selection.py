@@ -29,6 +29,14 @@ class Selection:
 
 
 @runtime_checkable
+class _TreatsTruncated(Protocol):
+    """A selector that says what becomes of completions that max_tokens cut; without a word they enter no pair."""
+
+    @property
+    def truncated(self) -> str: ...
+
+
+@runtime_checkable
 class _SaysWhy(Protocol):
     """A selector that can tell why a group with usable completions gave no pair."""
 
@@ -50,13 +58,13 @@ def select_pairs(
     pairs: list[PreferencePair] = []
     drops: list[Drop] = []
     unusable: Counter[str] = Counter()
+    keep = isinstance(selector, _TreatsTruncated) and selector.truncated != "drop"
     for n, group in enumerate(groups):
         judgement = judgements[n] if judgements is not None else None
         assert judgement is None or judgement.prompt_id == group.prompt.id
-        reasons = [unusable_reason(group, i, judgement) for i in range(len(group.completions))]
+        reasons = [unusable_reason(group, i, judgement, keep_truncated=keep) for i in range(len(group.completions))]
         found = [_checked(pair, group, judgement) for pair in selector.select(group, judgement)]
-        used = {i for pair in found for i in (pair.chosen_index, pair.rejected_index)}
-        unusable.update(reason for i, reason in enumerate(reasons) if reason is not None and i not in used)
+        unusable.update(reason for reason in reasons if reason is not None)
         pairs += [replace(pair, origin_round=round, judge=judge) for pair in found]
         if not found:
             drops.append(Drop(group.prompt.id, _why_none(selector, group, judgement, reasons)))

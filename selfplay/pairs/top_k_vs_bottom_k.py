@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from selfplay.pairs.eligible import Draw, Truncated, scored
+from selfplay.pairs.eligible import Draw, Truncated, reaches, scored
 from selfplay.pairs.pair import first_pairs
 from selfplay.types import Group, Judgement, PreferencePair
 
@@ -27,6 +27,6 @@ class TopKVsBottomK:
         rest = [r for r in found if r not in top]
         bottom = sorted(rest, key=lambda r: (found[r], draw.place(r)))[: self.k]
         margins = {(c, r): found[c] - found[r] for c in top for r in bottom}
-        edges = [edge for edge, margin in margins.items() if margin > 0 and margin >= self.min_margin]
+        edges = [edge for edge, margin in margins.items() if margin > 0 and reaches(margin, self.min_margin)]
         edges.sort(key=lambda edge: (-margins[edge], draw.place(*edge)))
         return first_pairs(group, judgement, edges, self.max_pairs_per_prompt)

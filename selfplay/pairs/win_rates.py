@@ -27,6 +27,11 @@ class WinRates:
     win_rate_from: WinRateFrom = "scores"
     selector: BestVsWorst = field(default_factory=BestVsWorst)
 
+    @property
+    def truncated(self) -> str:
+        """What becomes of completions that max_tokens cut."""
+        return self.selector.truncated
+
     def select(self, group: Group, judgement: Judgement | None) -> list[PreferencePair]:
         """At most as many pairs of one group as the selector of best and worst makes."""
         found = self.selector.select(group, judgement)

@@ -1,6 +1,7 @@
 """fp32 master weights under a bf16 model, the optimizer over them, the schedule."""
 
 import json
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -175,7 +176,7 @@ def make_schedule(optimizer: torch.optim.Optimizer, job: TrainJob, num_steps: in
     settings = job.settings
     total = job.total_steps or num_steps
     warmup = settings.warmup_steps
-    warmup_steps = round(warmup * total) if warmup < 1 else int(warmup)
+    warmup_steps = math.ceil(warmup * total) if warmup < 1 else int(warmup)
     decay_steps = settings.lr_scheduler_kwargs.get("num_decay_steps", 0)
     if warmup_steps + int(decay_steps) > total:
         raise RecipeError(
