@@ -69,7 +69,7 @@ def merge_adapter(folder: Path, out: Path, *, dtype: str) -> None:
         config.dtype = getattr(torch, dtype)
         with torch.device("meta"):
             bare = AutoModelForCausalLM.from_config(config)
-        tied = set(bare._tied_weights_keys or ())
+        tied = bare.all_tied_weights_keys  # _tied_weights_keys names those that could be tied, whatever the config says
         bare.save_pretrained(target, state_dict={k: v.contiguous() for k, v in state.items() if k not in tied})
         copy_tokenizer(folder, target)
 
