@@ -246,6 +246,18 @@ def test_a_server_that_goes_down_stops_the_stage_and_nothing_is_asked_twice_on_r
     assert len(server.asked) == 40 + MAX_FAILURES
 
 
+def test_a_server_that_refuses_many_questions_in_a_row_is_up(tmp_path):
+    groups = groups_of(30)
+
+    def script(asked):
+        return graded(asked) if asked.number >= MAX_FAILURES + 4 else http(400)
+
+    with Server(script) as server:
+        judgements = judge_in(tmp_path, make_api_judge(server.url, max_concurrency=1), groups)
+    scores = [score for judgement in judgements for score in judgement.scores]
+    assert scores.count(None) == MAX_FAILURES + 4
+
+
 def test_a_kill_in_the_middle_of_a_line_loses_that_reply_alone(tmp_path):
     with Server(graded) as server:
         judge_in(tmp_path, make_api_judge(server.url), groups_of(3))

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from selfplay import store
 from selfplay.errors import JudgeError
-from selfplay.judges.endpoint import CallError, Endpoint, EndpointSettings
+from selfplay.judges.endpoint import CallError, Endpoint, EndpointSettings, NoReplyError
 from selfplay.judges.journal import USAGE, Journal, Reply
 from selfplay.judges.lift import run_async
 from selfplay.judges.questions import Place, Questions, check_readable
@@ -180,7 +180,8 @@ class ApiJudge:
             reply = await endpoint.ask(messages, seed)
         except CallError as error:
             self._num_failed += 1
-            self._failed_in_row += 1
+            # a server that refuses a question is up
+            self._failed_in_row = self._failed_in_row + 1 if isinstance(error, NoReplyError) else 0
             if self._failed_in_row >= MAX_FAILURES:
                 raise self._down(f"{self._failed_in_row} calls in a row got no reply; the last: {error}") from None
             return error

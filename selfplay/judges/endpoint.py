@@ -3,7 +3,8 @@
 What may go wrong with a call, and what becomes of it:
 
     429, 408, 5xx, no connection, a connection lost, no reply in time     asked again, at most max_retries times, after what
-                                                                          Retry-After says or a growing, random pause
+                                                                          Retry-After says or a growing, random pause; then
+                                                                          NoReplyError
     another refusal, a redirect, a body too large, compressed or garbled  CallError: this call has no verdict
     401, 402, 403, 404                                                    JudgeError: no call could ever succeed
     an address that is link-local                                         SecurityError
@@ -54,6 +55,10 @@ class EndpointSettings:
 
 class CallError(Exception):
     """Why one call gave no reply. The first line is the same for the same kind of fault."""
+
+
+class NoReplyError(CallError):
+    """No try got through: the server may be down. Any other CallError is something that a server said."""
 
 
 class _AgainError(Exception):
@@ -134,7 +139,7 @@ class Endpoint:
                     if tries <= self.settings.max_retries:
                         self.num_retries += 1
                         await self._rest(tries, again)
-        raise CallError(failure)
+        raise NoReplyError(failure)
 
     async def _rest(self, tries: int, again: _AgainError) -> None:
         pause = min(MAX_PAUSE, self.settings.pause * 2 ** (tries - 1)) * random.uniform(0.5, 1)
