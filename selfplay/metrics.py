@@ -9,6 +9,7 @@ from selfplay import store
 from selfplay.errors import DataError
 from selfplay.evaluate import paired_gain, pooled_gain
 from selfplay.recipe_file import parse_yaml
+from selfplay.stages import panel_judgements, usage_of
 
 PANEL_KEYS = (
     "heldout_score",
@@ -45,8 +46,10 @@ def status(run: Path) -> dict[str, Any]:
             row |= {"audit": done.get("audit"), "judge_usage": done.get("judge_usage")}
         last = panel or last
         rounds.append(row)
+    asked = usage_of(*panel_judgements(run / "initial"))
     found: dict[str, Any] = {
-        "initial": {key: initial.get(key) for key in PANEL_KEYS} | {"seconds": _seconds(run / "initial")}
+        "initial": {key: initial.get(key) for key in PANEL_KEYS}
+        | {"judge_usage": asked, "seconds": _seconds(run / "initial")}
     }
     found["rounds"] = rounds
     for name, key in (("gain", "per_prompt"), ("greedy_gain", "per_prompt_greedy")):

@@ -65,6 +65,9 @@ def print_run(run: Path, figures: Mapping[str, Any], console: Console) -> None:
     audited = [row for row in done if row["audit"] is not None]
     if audited:
         print_table("audit of the judge", audit_table(audited), console)
+        if asked := figures["initial"].get("judge_usage"):
+            cost = "" if asked["cost"] is None else f", cost {number(asked['cost'], 4)}"
+            console.print(f"the panel of the initial policy: {asked['num_calls']} calls{cost}")
         for row in audited:
             print_alarms(row, console)
     print_table("seconds of each stage", seconds_table(figures), console)

@@ -30,6 +30,7 @@ from selfplay.run import OwnParts, Round, Run, report_swept, start_run
 from selfplay.stages import (
     judge_groups,
     make_pairs,
+    panel_judgements,
     read_selection,
     room_for_judge,
     sample_groups,
@@ -200,7 +201,7 @@ def finish_round(round: Round) -> None:
                 "num_pairs_too_long": training["num_too_long"],
             },
             "audit": audit(groups, judged if round.run.judge is not None else None, selection.pairs),
-            "judge_usage": usage_of(folder / "judgements"),
+            "judge_usage": usage_of(folder / "judgements", *panel_judgements(folder)),
             "train": training,
             "seconds": store.read_json(folder / "seconds.json"),
             "versions": versions(),

@@ -137,11 +137,20 @@ def judge_groups(
     return judgements
 
 
-def usage_of(judgements: Path) -> dict[str, Any] | None:
-    """What the judging of a folder has asked of an endpoint: calls, tokens, cost. None where none was asked."""
-    path = judgements / USAGE
-    found: dict[str, Any] | None = store.read_json(path) if path.exists() else None
-    return found
+def usage_of(*judgements: Path) -> dict[str, Any] | None:
+    """What the judging of these folders together has asked of an endpoint: calls, tokens, cost. None where none was asked;
+    the cost is None where one of them has none.
+    """
+    found = [store.read_json(folder / USAGE) for folder in judgements if (folder / USAGE).exists()]
+    if not found:
+        return None
+    counts = {key: [usage[key] for usage in found] for key in found[0]}
+    return {key: None if None in values else sum(values) for key, values in counts.items()}
+
+
+def panel_judgements(folder: Path) -> list[Path]:
+    """Where the judgements of the panel of a round, or of the initial policy, lie."""
+    return sorted((folder / "heldout").glob("*-judgements"))
 
 
 @contextlib.contextmanager

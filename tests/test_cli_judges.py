@@ -123,6 +123,24 @@ def test_a_calibration_that_stopped_goes_on_and_asks_nothing_twice(
         assert len(server.asked) == before + 40 - 12
 
 
+def test_the_calls_of_the_panels_are_counted_with_those_of_their_round(
+    tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def by_text(asked: Asked) -> Act:
+        return says(f"Score: {sum(asked.text.encode()) % 6}")
+
+    with Server(by_text) as server:
+        judge = api(server.url, prompt_price=1.0, completion_price=1.0)
+        out = tmp_path / "run"
+        run(capsys, "iterate", write_recipe(tmp_path, tiny, rounds=1, judge=judge), "--out", out)
+    found = json.loads(run(capsys, "status", out, "--json"))
+    initial, first = found["initial"]["judge_usage"], found["rounds"][0]["judge_usage"]
+    assert initial["num_calls"] == 8 * (2 + 1)
+    assert initial["num_calls"] + first["num_calls"] == len(server.asked)
+    assert first["cost"] == pytest.approx((first["prompt_tokens"] + first["completion_tokens"]) * 1e-6)
+    assert f"the panel of the initial policy: {initial['num_calls']} calls" in run(capsys, "status", out)
+
+
 def test_the_place_of_the_chosen_completion_tells_nothing(tmp_path: Path) -> None:
     rows, _ = read_labelled(str(jsonl(tmp_path / "pairs.jsonl", ROWS)))
     places = [chosen_place(row) for row in rows]
