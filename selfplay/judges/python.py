@@ -9,6 +9,7 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 from selfplay.errors import JudgeError, RecipeError, SecurityError, SelfplayError
 from selfplay.judges.contract import Blamed
 from selfplay.judges.lift import MAX_CONCURRENCY, PairwiseJudge, PointwiseJudge
-from selfplay.protocols import Judge, JudgeContext
+from selfplay.protocols import Judge, JudgeContext, StagedJudge
 from selfplay.types import Group, Judgement
 
 
@@ -36,6 +37,10 @@ class LoadedJudge:
 
     def judge(self, groups: Sequence[Group], context: JudgeContext) -> Sequence[Judgement]:
         return self.inner.judge(groups, context)
+
+    def stage(self, folder: Path, note: Callable[[str], None]) -> AbstractContextManager[object]:
+        """The judge's own block around a stage, where it has one."""
+        return self.inner.stage(folder, note) if isinstance(self.inner, StagedJudge) else nullcontext()
 
 
 def load_python_judge(target: str, base: Path, *, allow_code: bool) -> Judge:
