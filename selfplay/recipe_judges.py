@@ -26,9 +26,13 @@ class VerifierRecipe(Section):
     truncated_fails: bool = True
 
 
+DRAWN = {"temperature": 0.7, "top_p": 0.9, "max_tokens": 256}  # how a judge's texts are drawn
+
+
 class LLMJudgeRecipe(Section):
     """A model reads the completion. `model: policy` is the current policy, on the engine that is already loaded. `template` is
-    a file or a shipped name: additive, yes_no, pairwise_helpfulness, correctness, safety.
+    a file or a shipped name: additive, yes_no, pairwise_helpfulness, correctness, safety. `verdict: labels` draws no text, and
+    temperature, top_p and max_tokens are None.
     """
 
     kind: Literal["llm"]
@@ -37,9 +41,21 @@ class LLMJudgeRecipe(Section):
     system_prompt: str | None = None
     verdict: Literal["parse", "labels"] = "parse"
     num_verdicts: PositiveInt = 1
-    temperature: NonNegativeFloat = 0.7
-    top_p: TopP = 0.9
-    max_tokens: PositiveInt = 256
+    temperature: NonNegativeFloat | None = None
+    top_p: TopP | None = None
+    max_tokens: PositiveInt | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drawn(cls, data: Any) -> Any:
+        """Fills how texts are drawn, and refuses it where none are."""
+        if not isinstance(data, dict):
+            return data
+        if data.get("verdict", "parse") != "labels":
+            return data | {key: value for key, value in DRAWN.items() if data.get(key) is None}
+        if given := [key for key in DRAWN if data.get(key) is not None]:
+            raise ValueError(f"{', '.join(given)}: verdict: labels draws no text. Remove it, or say verdict: parse")
+        return data
 
 
 def _base_url(url: str) -> str:
@@ -73,8 +89,8 @@ def is_link_local(address: str) -> bool:
 class ApiJudgeRecipe(Section):
     """A model behind an OpenAI-compatible chat endpoint reads the completion. The key is in the environment variable that
     `api_key_env` names; without one none is sent. Times are seconds; `timeout` is for one call, `deadline` for all that one
-    round or panel asks. `send_seed: false` is for servers that refuse the field. Prices are per million tokens, in any
-    currency.
+    stage asks: the judging of a round, of a panel, or of a panel's greedy completions. `send_seed: false` is for servers that
+    refuse the field. Prices are per million tokens, in any currency.
     """
 
     kind: Literal["api"]
@@ -102,6 +118,9 @@ class ApiJudgeRecipe(Section):
             raise ValueError("give both prompt_price and completion_price, or neither")
         return self
 
+
+# Where things lie that have their content in the judge's identity.
+JUDGE_PLACES = ("target", "template", "model")
 
 # What may change on a run that goes on: when and how often is asked, never what.
 API_CONDUCT = (

@@ -267,12 +267,13 @@ def test_all_or_nothing_gives_one_or_zero():
     assert verdict.scores == (1.0, 0.0)
 
 
-def test_a_truncated_completion_fails_all_or_nothing_unless_told_otherwise():
+def test_a_truncated_completion_fails_unless_told_otherwise():
     cut = group("Two words", checks=[{"kind": "words", "min": 2}], finish_reason="length")
     assert judged(Verifier(score="all"), cut).scores == (0.0,)
     assert judged(Verifier(score="all"), cut).notes == ("truncated",)
     assert judged(Verifier(score="all", truncated_fails=False), cut).scores == (1.0,)
-    assert judged(Verifier(), cut).scores == (1.0,)
+    assert judged(Verifier(), cut).scores == (0.0,)
+    assert judged(Verifier(truncated_fails=False), cut).scores == (1.0,)
 
 
 def test_no_check_or_no_gold_is_no_verdict():

@@ -9,6 +9,7 @@ from typing import Any
 from selfplay.errors import RecipeError
 from selfplay.protocols import Judge
 from selfplay.recipe_judges import (
+    DRAWN,
     ApiJudgeRecipe,
     CoinRecipe,
     JudgeRecipe,
@@ -55,9 +56,7 @@ def _llm_judge(recipe: LLMJudgeRecipe, open_model: Callable[[str], Any] | None) 
         load_template(recipe.template, Path()),
         verdict=recipe.verdict,
         num_verdicts=recipe.num_verdicts,
-        temperature=recipe.temperature,
-        top_p=recipe.top_p,
-        max_tokens=recipe.max_tokens,
+        **{key: value for key, value in recipe if key in DRAWN and value is not None},
         model=weights_digest(local_model(recipe.model)) if own else "policy",
         generator_factory=(lambda: open_model(recipe.model)) if own and open_model is not None else None,
         system_prompt=recipe.system_prompt,

@@ -29,7 +29,7 @@ from selfplay.recipe_judges import VerifierRecipe
 from selfplay.types import Completion, Group, Judgement, Prompt
 
 # Part of the judge's identity: raise it when a change below can change a verdict.
-VERSION = 1
+VERSION = 2
 
 Check = Mapping[str, Any]
 Count = Annotated[int, Field(ge=0)]
@@ -295,8 +295,8 @@ def check_verifiable(recipe: Recipe, pool: PromptPool, *, judge_given: bool) -> 
 class Verifier:
     """Runs `checks`, then the prompt's own checks, on every completion.
 
-    The score is the share of checks passed, in [0, 1]; with `score="all"` it is 1.0 where all pass, else 0.0, and a
-    completion that max_tokens cut fails unless `truncated_fails` is off. A prompt without any check, or without the
+    The score is the share of checks passed, in [0, 1]; with `score="all"` it is 1.0 where all pass, else 0.0. A completion
+    that max_tokens cut has 0.0 in both, unless `truncated_fails` is off. A prompt without any check, or without the
     gold answer that a check needs, gets None. Notes name the kinds that failed.
     """
 
@@ -330,8 +330,6 @@ class Verifier:
             failed = [c["kind"] for c in checks if not passes(c, completion.text, prompt.gold)]
         except _MissingGoldError:
             return None, "a check compares with the gold answer, and the prompt has none that fits"
-        if self.score == "share":
-            return 1 - len(failed) / len(checks), ", ".join(failed)
         if self.truncated_fails and completion.finish_reason == "length":
-            failed.insert(0, "truncated")
-        return float(not failed), ", ".join(failed)
+            return 0.0, ", ".join(["truncated", *failed])
+        return (1 - len(failed) / len(checks) if self.score == "share" else float(not failed)), ", ".join(failed)
