@@ -16,7 +16,7 @@ from selfplay.errors import DataError
 from selfplay.filters import make_mix
 from selfplay.judges.verifier import check_verifiable
 from selfplay.models import resolve_auto
-from selfplay.prompts import PromptPool, load_pool
+from selfplay.prompts import PromptPool, check_gold, load_pool
 from selfplay.recipe import Recipe
 from selfplay.recipe_file import dump_recipe
 from selfplay.recipe_filters import MixPreviousRecipe
@@ -75,6 +75,8 @@ def make_plan(recipe: Recipe, out: Path) -> Plan:
     recipe.check_win_rates()
     recipe = _with_generator(recipe)
     pool = load_pool(recipe.prompts, seed=recipe.seed)
+    for index in range(recipe.rounds):
+        check_gold(recipe, pool.deal(recipe.prompts, index))
     check_verifiable(recipe, pool, judge_given=False)
     rounds = tuple(_plan_round(recipe, pool, index) for index in range(recipe.rounds))
     completions, tokens = _panel_work(recipe, len(pool.heldout[: recipe.evaluate.num_prompts]))

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from selfplay.chat import Chat
 from selfplay.errors import DataError, RecipeError
-from selfplay.recipe import PromptsRecipe
+from selfplay.recipe import PromptsRecipe, Recipe
 from selfplay.recipe_values import at_round
 from selfplay.types import Drop, Message, Prompt, prompt_id
 
@@ -74,6 +74,16 @@ def load_pool(recipe: PromptsRecipe, *, seed: int, chat: Chat | None = None, roo
         reasons = Counter(d.reason for d in drops)
         raise DataError(f"{recipe.source}: no prompt is left for training ({dict(reasons) or 'the data set is empty'})")
     return PromptPool(tuple(train), tuple(heldout), tuple(drops), form)
+
+
+def check_gold(recipe: Recipe, prompts: Sequence[Prompt]) -> None:
+    """DataError where the pairs need gold answers and a prompt has none."""
+    missing = [p for p in prompts if p.gold is None]
+    if missing and recipe.pairs.needs_gold:
+        raise DataError(
+            f"pairs.kind {recipe.pairs.kind} needs a gold answer for every prompt, but {len(missing)} of {len(prompts)} have "
+            f"none (the first: {missing[0].id} of {missing[0].source}). Name their column in prompts.gold_column"
+        )
 
 
 def _place(seed: int, id: str) -> str:
@@ -166,11 +176,19 @@ def _form(row: Mapping[str, Any], recipe: PromptsRecipe, source: str) -> str:
         return "messages" if isinstance(row[recipe.prompt_column], list) else "prompt"
     for form in ("prompt", "messages", "conversations", "instruction"):
         if form in row:
-            return "messages" if isinstance(row[form], list) and form == "prompt" else form
+            return (
+                "messages" if form == "prompt" and (isinstance(row[form], list) or _is_opening(row, recipe)) else form
+            )
     raise DataError(
         f"{source}: no prompts found in columns {', '.join(row)}. Known forms: prompt, messages, "
         "instruction/input/output, conversations; else name the column in prompts.prompt_column"
     )
+
+
+def _is_opening(row: Mapping[str, Any], recipe: PromptsRecipe) -> bool:
+    """Whether the column prompt repeats how the turns in `messages` begin, as in UltraChat; the gold answer is there."""
+    beside = {"completion", "gold", recipe.gold_column} & row.keys()
+    return not beside and isinstance(row.get("messages"), list)
 
 
 def _prompt(row: Mapping[str, Any], form: str, recipe: PromptsRecipe, where: str) -> Prompt | Drop:
@@ -178,7 +196,7 @@ def _prompt(row: Mapping[str, Any], form: str, recipe: PromptsRecipe, where: str
         raise DataError(f"{where}: no column {recipe.gold_column!r} (prompts.gold_column)")
     try:
         messages, gold = _messages_and_gold(row, form, recipe)
-        gold = _gold(gold if recipe.gold_column is None else row[recipe.gold_column])
+        gold = read_gold(gold if recipe.gold_column is None else row[recipe.gold_column])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise DataError(f"{where}: this row does not fit the form {form!r} of the first row ({error!r})") from error
     if recipe.system_prompt is not None and messages and messages[0].role != "system":
@@ -188,7 +206,7 @@ def _prompt(row: Mapping[str, Any], form: str, recipe: PromptsRecipe, where: str
     tools = read_tools(row.get("tools"), where)
     used = {"prompt", "messages", "conversations", "instruction", "input", "output", "tools", recipe.checks_column}
     meta = {k: v for k, v in row.items() if k not in used and isinstance(v, str | int | float | bool)}
-    checks = _checks(row.get(recipe.checks_column), recipe.checks_column, where)
+    checks = read_checks(row.get(recipe.checks_column), recipe.checks_column, where)
     try:
         texts = [[m.content for m in messages], gold, tools, checks, meta]
         json.dumps(texts, ensure_ascii=False, default=str).encode()
@@ -210,7 +228,8 @@ def read_tools(value: Any, where: str) -> tuple[dict[str, Any], ...] | None:
     return tuple(tools)
 
 
-def _checks(value: Any, column: str, where: str) -> tuple[dict[str, Any], ...]:
+def read_checks(value: Any, column: str, where: str) -> tuple[dict[str, Any], ...]:
+    """The checks of a row: a list of mappings, or its JSON text. DataError for anything else."""
     try:  # columns of mixed objects travel as JSON text in Parquet and CSV
         checks = (json.loads(value) if isinstance(value, str) else value) or []
     except json.JSONDecodeError as error:
@@ -227,7 +246,8 @@ def _text(value: Any) -> str:
     return value or ""
 
 
-def _gold(value: Any) -> str | None:
+def read_gold(value: Any) -> str | None:
+    """The gold answer of a row as text, numbers too. TypeError for anything else."""
     return str(value) if isinstance(value, int | float) else None if value is None else _text(value)
 
 
@@ -264,7 +284,7 @@ def _completion(row: Mapping[str, Any]) -> str | None:
     if isinstance(value, list):
         (turn,) = value
         value = turn["content"]
-    return _gold(value)
+    return read_gold(value)
 
 
 def split_turns(turns: Sequence[Message], which: Turns) -> tuple[tuple[Message, ...], str | None]:

@@ -10,7 +10,7 @@ from typing import Any
 from selfplay import store
 from selfplay.adapters import check_lora
 from selfplay.chat import Chat
-from selfplay.errors import DataError, RecipeError
+from selfplay.errors import RecipeError
 from selfplay.filters import NamedFilter, Programs, load_programs
 from selfplay.judges import make_judge
 from selfplay.judges.lift import function_identity
@@ -19,13 +19,14 @@ from selfplay.judges.verifier import check_verifiable
 from selfplay.models import load_chat, local_model, open_generator, prompt_room, resolve_auto
 from selfplay.panel import Panel
 from selfplay.progress import Reporter
-from selfplay.prompts import PromptPool, load_pool
+from selfplay.prompts import PromptPool, check_gold, load_pool
 from selfplay.protocols import Judge, PairFilter, PairSelector
 from selfplay.recipe import Recipe
 from selfplay.recipe_file import check_recipe, differences, dump_recipe, parse_yaml
-from selfplay.recipe_judges import API_CONDUCT
+from selfplay.recipe_filters import PythonFilterRecipe
+from selfplay.recipe_judges import API_CONDUCT, JUDGE_PLACES
 from selfplay.train.settings import require_optimizer
-from selfplay.types import PreferencePair, Prompt, derive_seed
+from selfplay.types import PreferencePair, derive_seed
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +133,8 @@ def start_run(recipe: Recipe, folder: Path, *, own: OwnParts, allow_code: bool, 
         report.note(f"prompts: {count} dropped: {reason}")
     for index in range(recipe.rounds):  # a pool that would run out says so now, not hours from now
         dealt = pool.deal(recipe.prompts, index)
-        if selector is None and recipe.pairs.needs_gold:
-            _require_gold(dealt, recipe.pairs.kind)
+        if selector is None:
+            check_gold(recipe, dealt)
     check_verifiable(recipe, pool, judge_given=judge is not None)
     programs = load_programs(recipe.pairs, allow_code=allow_code) if filters is None else {}
     report.note(f"prompts: {len(pool.train)} for training, {len(pool.heldout)} held out (form: {pool.form})")
@@ -159,7 +160,7 @@ def start_run(recipe: Recipe, folder: Path, *, own: OwnParts, allow_code: bool, 
         "prompts": pool.digest,
         "judge": judge.identity if judge is not None else None,
         "heldout_judge": panel_judge.identity if panel_judge is not None else None,
-        "selector": type(selector).__name__ if selector is not None else None,
+        "selector": function_identity("selector", selector) if selector is not None else None,
         "filters": [one.name for one in filters or ()] + [one.identity for one in programs.values()] or None,
     }
     if reference is not None:
@@ -170,15 +171,6 @@ def start_run(recipe: Recipe, folder: Path, *, own: OwnParts, allow_code: bool, 
     heldout = pool.heldout[: recipe.evaluate.num_prompts]
     panel = Panel(recipe, heldout, panel_judge, report)
     return Run(folder, recipe, initial, reference, chat, pool, judge, selector, filters, programs, panel, report)
-
-
-def _require_gold(prompts: Sequence[Prompt], kind: str) -> None:
-    missing = [p for p in prompts if p.gold is None]
-    if missing:
-        raise DataError(
-            f"pairs.kind {kind} needs a gold answer for every prompt, but {len(missing)} of {len(prompts)} have none (the "
-            f"first: {missing[0].id} of {missing[0].source}). Name their column in prompts.gold_column"
-        )
 
 
 def report_swept(folder: Path, report: Reporter) -> None:
@@ -214,11 +206,11 @@ def _same_recipe(recipe: Recipe, folder: Path) -> Recipe:
         }
     )
     # run.json tells a moved model or data set from another one; the rest changes no result
-    free = ["description", "model", "prompts.source", "prompts.heldout", "train.save_steps"]
-    free += [f"{section}.{key}" for section in ("judge", "evaluate.judge") for key in API_CONDUCT]
+    free = ["description", "model", "prompts.source", "prompts.heldout", "train.save_steps", "chat.chat_template"]
+    free += [f"{section}.{key}" for section in ("judge", "evaluate.judge") for key in (*API_CONDUCT, *JUDGE_PLACES)]
     if old.train.reference_path is not None and new.train.reference_path is not None:
         free.append("train.reference")
-    changed = [d for d in differences(old, new) if d.partition(":")[0] not in free]
+    changed = [d for d in differences(_without_targets(old), _without_targets(new)) if d.partition(":")[0] not in free]
     if [d for d in changed if not d.startswith("rounds:")] or new.rounds < old.rounds:
         raise RecipeError(
             f"{folder} holds a run of another recipe; only more `rounds` may be asked of it. Take a new --out, or undo:\n  "
@@ -227,6 +219,15 @@ def _same_recipe(recipe: Recipe, folder: Path) -> Recipe:
     if changed and recipe.train.schedule_scope == "run":
         raise RecipeError(f"{folder}: with schedule_scope: run the schedule spans all rounds, so `rounds` can't change")
     return new
+
+
+def _without_targets(recipe: Recipe) -> Recipe:
+    """The recipe without the places of its filters' programs, whose sources are in run.json."""
+    filters = [
+        one.model_copy(update={"target": ""}) if isinstance(one, PythonFilterRecipe) else one
+        for one in recipe.pairs.filters
+    ]
+    return recipe.model_copy(update={"pairs": recipe.pairs.model_copy(update={"filters": filters})})
 
 
 def _same_identity(identity: dict[str, Any], folder: Path) -> None:

@@ -9,6 +9,7 @@ function. Async functions run side by side, at most `max_concurrency` calls at a
 """
 
 import asyncio
+import dataclasses
 import functools
 import hashlib
 import inspect
@@ -24,7 +25,7 @@ from typing import Any, TypeVar, overload
 
 from selfplay.errors import JudgeError
 from selfplay.judges.contract import Blamed, as_score
-from selfplay.protocols import JudgeContext
+from selfplay.protocols import JudgeContext, PairSelector
 from selfplay.types import Completion, Group, Judgement, Prompt
 
 T = TypeVar("T")
@@ -82,7 +83,14 @@ def _code_text(code: CodeType) -> str:
     return repr((code.co_code.hex(), code.co_names, consts))
 
 
-def _state_text(function: Callable[..., Any]) -> str:
+def _attributes(owner: object) -> dict[str, Any]:
+    """What an object holds; a dataclass with slots has no __dict__."""
+    fields = dataclasses.fields(owner) if dataclasses.is_dataclass(owner) else ()
+    found = {field.name: getattr(owner, field.name) for field in fields if hasattr(owner, field.name)}
+    return found | (dict(vars(owner)) if hasattr(owner, "__dict__") else {})
+
+
+def _state_text(function: Callable[..., Any] | PairSelector) -> str:
     """The values that a function carries along, as far as they are plain: one source makes many functions, and a value
     of another type has no text that stays the same in the next process.
     """
@@ -98,11 +106,11 @@ def _state_text(function: Callable[..., Any]) -> str:
         values |= {f"argument {n}": value for n, value in enumerate(function.args)} | function.keywords
     else:
         owner = function.__self__ if isinstance(function, MethodType) else function
-        values |= vars(owner) if hasattr(owner, "__dict__") else {}
+        values |= _attributes(owner)
     return repr([(name, value) for name, value in values.items() if isinstance(value, PLAIN)])
 
 
-def _source_text(function: Callable[..., Any]) -> str:
+def _source_text(function: Callable[..., Any] | PairSelector) -> str:
     """The source of a function, or of a callable object's class; else the bytes of its file, in hex; else its code."""
     described = function if inspect.isroutine(function) else type(function)
     try:
@@ -116,14 +124,14 @@ def _source_text(function: Callable[..., Any]) -> str:
     return _code_text(function.__code__) if isinstance(function, FunctionType) else platform.python_version()
 
 
-def function_identity(kind: str, function: Callable[..., Any], name: str | None = None) -> str:
+def function_identity(kind: str, function: Callable[..., Any] | PairSelector, name: str | None = None) -> str:
     """`kind:module.name@digest`: the digest is 16 hex digits of the SHA-256 of the function's source.
 
     The digest also takes plain values the function carries: defaults, closed-over values, an object's attributes. It
     doesn't see what the function calls or reads elsewhere; a change there needs another `name`. A judge loaded by
     import path (judges/python.py) has its whole file in its identity.
     """
-    inner = inspect.unwrap(function)
+    inner: Any = inspect.unwrap(function) if callable(function) else function
     text = _state_text(inner)
     while isinstance(inner, functools.partial):
         inner = inner.func
