@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 from selfplay.chat import Chat
 from selfplay.errors import DataError
-from selfplay.prompts import ROLES, read_prompts, read_rows, read_tools
+from selfplay.prompts import ROLES, read_checks, read_gold, read_prompts, read_rows, read_tools
 from selfplay.recipe import PromptsRecipe
 from selfplay.types import Demonstration, Drop, Message, PreferencePair, Prompt, prompt_id
 
@@ -160,9 +160,9 @@ def read_labelled(
 
     def labelled(row: Mapping[str, Any]) -> Labelled:
         found = _labelled(row, column, system_prompt)
-        gold = row.get(gold_column) if gold_column is not None else None
-        checks = row.get(checks_column) or ()
-        return replace(found, prompt=replace(found.prompt, gold=gold, checks=tuple(checks), source=source))
+        gold = read_gold(row.get(gold_column)) if gold_column is not None else None
+        checks = read_checks(row.get(checks_column), checks_column, "this row")
+        return replace(found, prompt=replace(found.prompt, gold=gold, checks=checks, source=source))
 
     return _convert(rows[:limit], source, labelled)
 
