@@ -84,7 +84,8 @@ def generate(recipe: Recipe, model: str, out: Path, *, round: int, report: Repor
         "chat": text_digest(chat.template_digest_text),
         "prompts": text_digest([[p.id, p.gold, p.checks] for p in prompts]),
         "sampling": asdict(sampling),
-        "generator": recipe.generator.kind,
+        "generator": _engine(recipe),
+        "gold": recipe.pairs.needs_gold,
     }
     seed = derive_seed(recipe.seed, round, "engine")
     with (
@@ -92,6 +93,11 @@ def generate(recipe: Recipe, model: str, out: Path, *, round: int, report: Repor
         open_generator(recipe.generator, folder, chat, seed=seed, encode_gold=recipe.pairs.needs_gold) as generator,
     ):
         return sample_groups(generator, prompts, sampling, out, report, f"round {round}, sampling")
+
+
+def _engine(recipe: Recipe) -> dict[str, Any]:
+    """What of the generator decides which completions are drawn, beside the sampling."""
+    return recipe.generator.model_dump(mode="json", include={"kind", "dtype", "max_model_len", "engine_args"})
 
 
 def text_digest(value: Any) -> str:
@@ -231,7 +237,9 @@ def evaluate(recipe: Recipe, model: str, out: Path, *, allow_code: bool, report:
         "prompts": text_digest([[p.id, p.gold, p.checks] for p in prompts]),
         "judge": panel_judge.identity if panel_judge is not None else None,
         "sampling": asdict(panel.sampling(between=False)),
-        "generator": recipe.generator.kind,
+        "generator": _engine(recipe),
+        "greedy": recipe.evaluate.greedy,
+        "kl": recipe.evaluate.kl,
     }
     is_initial = digests[0] == digests[1]
     with claimed(out, identity, report):

@@ -126,7 +126,9 @@ def _identity(job: TrainJob, inputs: TrainInputs, recipe: Recipe, chat: Chat) ->
         "optimizer_state": store.file_digest(Path(state)) if state is not None else None,
         "schedule": [job.first_step, job.total_steps],
         "chat": text_digest(chat.template_digest_text),
-        "rows": [recipe.prompts.system_prompt, recipe.prompts.prompt_column, recipe.prompts.max_prompt_length],
+        "rows": recipe.prompts.model_dump(
+            include={"system_prompt", "prompt_column", "gold_column", "turns", "max_prompt_length"}
+        ),
     }
 
 
