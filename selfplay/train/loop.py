@@ -193,10 +193,10 @@ def _summary(rows: list[dict[str, Any]], num_pairs: int, settings: TrainSettings
         "loss_first": rows[0]["loss"],
         "loss_last": last["loss"],
         # no rewards where the loss is sft alone
-        "rewards/accuracies": sum(r["rewards/accuracies"] * r["num_pairs"] for r in final) / in_final
-        if "rewards/accuracies" in last
-        else None,
-        "rewards/margins": last.get("rewards/margins"),
+        **{
+            key: sum(r[key] * r["num_pairs"] for r in final) / in_final if key in last else None
+            for key in ("rewards/accuracies", "rewards/margins")
+        },
         "audit/zero_logratio": rows[0].get("audit/zero_logratio"),
         "settings": asdict(settings),
     }

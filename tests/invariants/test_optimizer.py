@@ -156,6 +156,9 @@ def test_warmup_may_be_a_share_and_must_fit_the_schedule(tiny: Path) -> None:
     job = TrainJob("", "", "", settings(warmup_steps=0.5), seed=0)
     schedule = make_schedule(torch.optim.AdamW(weights, lr=1e-3), job, 6, done=3)
     assert schedule.get_last_lr()[0] == 1e-3
+    # 1.2 steps are 2, as in transformers: the second step has half the rate
+    fifth = TrainJob("", "", "", settings(warmup_steps=0.2), seed=0)
+    assert make_schedule(torch.optim.AdamW(weights, lr=1e-3), fifth, 6, done=1).get_last_lr()[0] == 5e-4
     stable = settings(
         lr_scheduler_type="warmup_stable_decay", lr_scheduler_kwargs={"num_decay_steps": 5}, warmup_steps=2
     )
