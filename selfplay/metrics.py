@@ -26,8 +26,10 @@ PANEL_KEYS = (
 
 
 def status(run: Path) -> dict[str, Any]:
-    """`initial` and a list `rounds` with figures, counts and seconds; `gain` of the last finished policy over the initial one
-    with its paired 95 % interval, also greedy. DataError where `run` is no run directory.
+    """`prompts`, the rows that were read, kept and dropped by reason; `initial` and a list `rounds` with figures, counts and
+    seconds; `gain` of the last finished policy over the initial one
+    with its paired 95 % interval, also greedy. DataError where `run` is
+    no run directory.
     """
     if not (run / "recipe.yaml").exists():
         raise DataError(f"{run}: no run here (no recipe.yaml). Runs are made by: selfplay iterate RECIPE --out {run}")
@@ -45,7 +47,9 @@ def status(run: Path) -> dict[str, Any]:
             row |= {"audit": done.get("audit"), "judge_usage": done.get("judge_usage")}
         last = panel or last
         rounds.append(row)
+    read = run / "prompts.json"  # runs from before it was written have none
     found: dict[str, Any] = {
+        "prompts": store.read_json(read) if read.exists() else None,
         "initial": {key: initial.get(key) for key in PANEL_KEYS} | {"seconds": _seconds(run / "initial")}
     }
     found["rounds"] = rounds

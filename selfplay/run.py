@@ -1,7 +1,6 @@
 """A run directory: opening it, continuing it, and where the files of each round lie."""
 
 import hashlib
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,6 +113,7 @@ class OwnParts:
 
 def start_run(recipe: Recipe, folder: Path, *, own: OwnParts, allow_code: bool, report: Reporter) -> Run:
     """Opens or continues a run directory. RecipeError where it holds a run of another recipe, model, data or judge."""
+    _ = recipe.prompts.needed_source  # before anything is loaded
     judge = own_judge(own.judge) if own.judge is not None else None
     selector, filters = own.selector, own.named_filters()
     if judge is None and selector is None:
@@ -128,8 +128,7 @@ def start_run(recipe: Recipe, folder: Path, *, own: OwnParts, allow_code: bool, 
     reference = local_model(named) if named is not None else None
     chat = load_chat(str(initial), recipe.chat)
     pool = load_pool(recipe.prompts, seed=recipe.seed, chat=chat, room=prompt_room(recipe, initial))
-    for reason, count in Counter(drop.reason for drop in pool.drops).items():
-        report.note(f"prompts: {count} dropped: {reason}")
+    note_drops(pool, report)
     for index in range(recipe.rounds):  # a pool that would run out says so now, not hours from now
         dealt = pool.deal(recipe.prompts, index)
         if selector is None and recipe.pairs.needs_gold:
@@ -165,11 +164,18 @@ def start_run(recipe: Recipe, folder: Path, *, own: OwnParts, allow_code: bool, 
     if reference is not None:
         identity["reference"] = store.weights_digest(reference)
     _same_identity(identity, folder)
+    pool.record(folder)
     if not (folder / "recipe.yaml").exists() or _read_recipe(folder).rounds != recipe.rounds:
         store.rewrite(folder / "recipe.yaml", dump_recipe(recipe).encode())
     heldout = pool.heldout[: recipe.evaluate.num_prompts]
     panel = Panel(recipe, heldout, panel_judge, report)
     return Run(folder, recipe, initial, reference, chat, pool, judge, selector, filters, programs, panel, report)
+
+
+def note_drops(pool: PromptPool, report: Reporter) -> None:
+    """Says what was dropped when the prompts were read; the rows themselves are in drops.jsonl."""
+    for line in pool.drop_lines:
+        report.note(f"prompts: {line}")
 
 
 def _require_gold(prompts: Sequence[Prompt], kind: str) -> None:
@@ -214,7 +220,7 @@ def _same_recipe(recipe: Recipe, folder: Path) -> Recipe:
         }
     )
     # run.json tells a moved model or data set from another one; the rest changes no result
-    free = ["description", "model", "prompts.source", "prompts.heldout", "train.save_steps"]
+    free = ["description", "model", "prompts.source", "prompts.heldout", "prompts.heldout.source", "train.save_steps"]
     free += [f"{section}.{key}" for section in ("judge", "evaluate.judge") for key in API_CONDUCT]
     if old.train.reference_path is not None and new.train.reference_path is not None:
         free.append("train.reference")

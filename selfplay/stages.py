@@ -89,8 +89,8 @@ def shard_path(folder: Path, number: int) -> Path:
 
 
 def shards(folder: Path) -> list[Path]:
-    """The finished shards of a folder, in order."""
-    return sorted(folder.glob("*.jsonl"))
+    """The finished shards of a folder, in order; drops.jsonl, which may lie beside them, is none."""
+    return sorted(folder.glob("[0-9]*.jsonl"))
 
 
 def _generate(
