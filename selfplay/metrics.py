@@ -50,7 +50,7 @@ def status(run: Path) -> dict[str, Any]:
     read = run / "prompts.json"  # runs from before it was written have none
     found: dict[str, Any] = {
         "prompts": store.read_json(read) if read.exists() else None,
-        "initial": {key: initial.get(key) for key in PANEL_KEYS} | {"seconds": _seconds(run / "initial")}
+        "initial": {key: initial.get(key) for key in PANEL_KEYS} | {"seconds": _seconds(run / "initial")},
     }
     found["rounds"] = rounds
     for name, key in (("gain", "per_prompt"), ("greedy_gain", "per_prompt_greedy")):
