@@ -9,6 +9,7 @@ from selfplay import store
 from selfplay.errors import DataError
 from selfplay.evaluate import paired_gain, pooled_gain
 from selfplay.recipe_file import parse_yaml
+from selfplay.stages import SHARD_PROMPTS, shards
 
 PANEL_KEYS = (
     "heldout_score",
@@ -38,7 +39,7 @@ def status(run: Path) -> dict[str, Any]:
     last: dict[str, Any] | None = None
     for folder in sorted(run.glob("round-*")):
         panel = _panel(folder)
-        row: dict[str, Any] = {"round": int(folder.name.removeprefix("round-")), "state": _state(folder)}
+        row: dict[str, Any] = {"round": int(folder.name.removeprefix("round-")), **_state(folder)}
         row |= {key: panel.get(key) for key in PANEL_KEYS}
         if (folder / "round.json").exists():
             done = store.read_json(folder / "round.json")
@@ -97,10 +98,25 @@ def _seconds(folder: Path) -> dict[str, float]:
     return found
 
 
-def _state(folder: Path) -> str:
-    """The last stage that is finished."""
-    marks = (("done", "round.json"), ("trained", "policy"), ("paired", "pairs.jsonl"), ("sampled", "groups"))
-    return next((state for state, name in marks if (folder / name).exists()), "started")
+def _state(folder: Path) -> dict[str, Any]:
+    """`state`, the last stage that is finished; of the stages that write shards also "sampling" and "judging", with
+    `num_done` of `num_prompts` prompts.
+    """
+    marks = (("done", "round.json"), ("trained", "policy"), ("paired", "pairs.jsonl"))
+    for state, name in marks:
+        if (folder / name).exists():
+            return {"state": state}
+    dealt = folder / "prompts.jsonl"
+    num_prompts = store.read_bytes(dealt).count(b"\n") if dealt.exists() else 0
+    for state, doing, name in (("judged", "judging", "judgements"), ("sampled", "sampling", "groups")):
+        num_done = min(num_prompts, len(shards(folder / name)) * SHARD_PROMPTS)
+        if num_done:
+            return {
+                "state": state if num_done == num_prompts else doing,
+                "num_done": num_done,
+                "num_prompts": num_prompts,
+            }
+    return {"state": "started"}
 
 
 def write_metrics(run: Path) -> None:

@@ -70,7 +70,8 @@ def print_run(run: Path, figures: Mapping[str, Any], console: Console) -> None:
     print_table("seconds of each stage", seconds_table(figures), console)
     for row in figures["rounds"]:
         if row["state"] != "done":
-            console.print(f"round {row['round']}: not finished, {row['state']} so far")
+            count = f" {row['num_done']} of {row['num_prompts']} prompts" if "num_done" in row else ""
+            console.print(f"round {row['round']}: not finished, {row['state']}{count} so far")
     print_gain(figures, console)
 
 

@@ -117,6 +117,29 @@ def test_status_tells_of_a_round_that_is_not_finished(
     assert "round 1: not finished, trained so far" in capsys.readouterr().out
 
 
+def test_status_tells_how_many_of_a_rounds_prompts_are_sampled_and_judged(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    second = copy / "round-001"
+    for name in ("round.json", "eval.json", "pairs.jsonl", "drops.jsonl"):
+        (second / name).unlink()
+    shutil.rmtree(second / "policy")
+    monkeypatch.setattr("selfplay.metrics.SHARD_PROMPTS", 5)
+    ok("status", copy)
+    assert "round 1: not finished, judging 5 of 8 prompts so far" in capsys.readouterr().out
+    shutil.rmtree(second / "judgements")
+    ok("status", copy)
+    assert "round 1: not finished, sampling 5 of 8 prompts so far" in capsys.readouterr().out
+    monkeypatch.setattr("selfplay.metrics.SHARD_PROMPTS", 8)
+    ok("status", copy)
+    assert "round 1: not finished, sampled 8 of 8 prompts so far" in capsys.readouterr().out
+    shutil.rmtree(second / "groups")
+    ok("status", copy)
+    assert "round 1: not finished, started so far" in capsys.readouterr().out
+
+
 def test_show_prints_completions_scores_and_pairs(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ok("show", run, "--round", 1, "--limit", 3)
     text = capsys.readouterr().out

@@ -27,23 +27,8 @@ if one:
     def eight(prompt, completion):
         inner = 3
 """
-BOUND = [
-    "shorter",
-    "later",
-    "Judge",
-    "judge",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "joined",
-    "json",
-    "Path",
-]
+BOUND = ["shorter", "later", "Judge", "judge", "one", "two", "three", "four", "five", "six", "seven", "eight", "joined"]
+BOUND += ["json", "Path"]
 
 
 @pytest.fixture
