@@ -165,7 +165,10 @@ def start_run(recipe: Recipe, folder: Path, *, own: OwnParts, allow_code: bool, 
         identity["reference"] = store.weights_digest(reference)
     _same_identity(identity, folder)
     pool.record(folder)
-    if not (folder / "recipe.yaml").exists() or _read_recipe(folder).rounds != recipe.rounds:
+    old = _read_recipe(folder) if (folder / "recipe.yaml").exists() else None
+    if old != recipe:
+        for change in differences(old, recipe) if old is not None else ():
+            report.note(f"recipe: changed on this run: {change}")
         store.rewrite(folder / "recipe.yaml", dump_recipe(recipe).encode())
     heldout = pool.heldout[: recipe.evaluate.num_prompts]
     panel = Panel(recipe, heldout, panel_judge, report)
@@ -221,6 +224,7 @@ def _same_recipe(recipe: Recipe, folder: Path) -> Recipe:
     )
     # run.json tells a moved model or data set from another one; the rest changes no result
     free = ["description", "model", "prompts.source", "prompts.heldout", "prompts.heldout.source", "train.save_steps"]
+    free.append("pairs.max_unparsed")  # a gate before pairs are made; no record depends on it
     free += [f"{section}.{key}" for section in ("judge", "evaluate.judge") for key in API_CONDUCT]
     if old.train.reference_path is not None and new.train.reference_path is not None:
         free.append("train.reference")
