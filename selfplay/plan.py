@@ -71,6 +71,7 @@ def make_plan(recipe: Recipe, out: Path) -> Plan:
     """The plan of a run in `out`, finished rounds counted as there. Raises what starting the run would raise about the
     recipe and the data set.
     """
+    _ = recipe.prompts.needed_source
     recipe.check_judged()
     recipe.check_win_rates()
     recipe = _with_generator(recipe)
@@ -229,8 +230,10 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(dump_recipe(plan.recipe), markup=False, soft_wrap=True)
     pool = plan.pool
     console.print(f"prompts: {len(pool.train)} for training, {len(pool.heldout)} held out (form: {pool.form})")
+    for line in pool.drop_lines:
+        console.print(f"         {line}", markup=False, soft_wrap=True)
     if pool.drops:
-        console.print(f"         {len(pool.drops)} rows dropped; prompts over max_prompt_length are dropped later")
+        console.print("         prompts over max_prompt_length are dropped later")
     console.print()
     for round in plan.rounds:
         for line in _round_lines(plan.recipe, round):

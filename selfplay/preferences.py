@@ -109,14 +109,14 @@ def read_demonstrations(source: str, chat: Chat, prompts: PromptsRecipe) -> Demo
 
 def _demonstration(prompt: Prompt, chat: Chat, max_prompt_length: int) -> Demonstration | Drop:
     if prompt.gold is None or not prompt.gold.strip():
-        return Drop(prompt.source, "no completion to imitate")
+        return Drop(prompt.source, "no completion to imitate", prompt.source)
     try:
         prompt_ids = chat.encode_prompt(prompt)
         ids = chat.encode_completion(prompt, prompt.gold)
     except DataError as error:
         raise DataError(f"{prompt.source}: {error}") from error
     if len(prompt_ids) > max_prompt_length:
-        return Drop(prompt.source, "prompt longer than max_prompt_length")
+        return Drop(prompt.source, "prompt longer than max_prompt_length", prompt.source)
     return Demonstration(prompt.id, prompt.messages, (Message("assistant", prompt.gold),), prompt_ids, ids)
 
 
@@ -203,7 +203,7 @@ def _convert(
         try:
             made.append(make(row))
         except _UnusableError as reason:
-            drops.append(Drop(where, str(reason)))
+            drops.append(Drop(where, str(reason), where))
         except (KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{where}: this row does not fit the form of the first row ({error!r})") from error
         except DataError as error:

@@ -122,7 +122,7 @@ class ApiJudgeRecipe(Section):
 # Where things lie that have their content in the judge's identity.
 JUDGE_PLACES = ("target", "template", "model")
 
-# What may change on a run that goes on: when and how often is asked, never what.
+# What may change on a run that goes on: when and how often is asked, never what. `timeout` is also a python judge's.
 API_CONDUCT = (
     "api_key_env",
     "max_concurrency",
@@ -136,10 +136,15 @@ API_CONDUCT = (
 
 
 class PythonJudgeRecipe(Section):
-    """A function or object of the user: "file.py:name" or "package.module:name". Runs only with --allow-code."""
+    """A function or object of the user: "file.py:name" or "package.module:name". Runs only with --allow-code.
+
+    `timeout` is how many seconds may pass without a verdict, by default any: of a function that is one call (of several
+    side by side, the one that ends first), of an object a shard of prompts, which it judges in one call.
+    """
 
     kind: Literal["python"]
     target: Annotated[str, Field(pattern=r"^[^:]+:[A-Za-z_]\w*$")]
+    timeout: PositiveFloat | None = None
 
 
 class RougeLRecipe(Section):

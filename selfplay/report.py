@@ -58,7 +58,7 @@ def print_run(run: Path, figures: Mapping[str, Any], console: Console) -> None:
     done = [row for row in figures["rounds"] if row["state"] == "done"]
     if done:
         print_table("training", training_table(done), console)
-        print_table("dropped, by reason", drops_table(done), console)
+        print_table("dropped, by reason", drops_table(done, figures["prompts"]), console)
         for row in done:
             for count in row["counts"].get("filters", []):  # runs from before there were filters have none
                 console.print(Text(f"round {row['round']}, filter {filter_line(count)}"))
@@ -73,7 +73,8 @@ def print_run(run: Path, figures: Mapping[str, Any], console: Console) -> None:
     print_table("seconds of each stage", seconds_table(figures), console)
     for row in figures["rounds"]:
         if row["state"] != "done":
-            console.print(f"round {row['round']}: not finished, {row['state']} so far")
+            count = f" {row['num_done']} of {row['num_prompts']} prompts" if "num_done" in row else ""
+            console.print(f"round {row['round']}: not finished, {row['state']}{count} so far")
     print_gain(figures, console)
 
 
@@ -172,13 +173,17 @@ def training_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def drops_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Why prompts gave no pair and completions entered none, and how many pairs were over max_length."""
+def drops_table(rows: Sequence[Mapping[str, Any]], read: Mapping[str, Any] | None = None) -> Table:
+    """Why prompts gave no pair and completions entered none, and how many pairs were over max_length; first, where there are
+    any, the rows of the data set that were dropped when it was `read`.
+    """
     table = Table()
     table.add_column("round", no_wrap=True)
     table.add_column("prompts without a pair")
     table.add_column("completions not used")
     table.add_column("too long", justify="right")
+    if read is not None and read["dropped"]:
+        table.add_row("reading", reasons(read["dropped"]), "-", "-")
     for row in rows:
         counts = row["counts"]
         prompts, completions = counts["num_prompts_without_pair"], counts["num_unusable_completions"]

@@ -257,8 +257,8 @@ def iterate(
             play_last_panel(run)
         except GateError as error:
             raise type(error)(
-                f"{error}\nThis run keeps its recipe. With other settings take a new --out, or do the stages that are left "
-                f"one by one on the files in {folder} (selfplay judge, pairs, train)"
+                f"{error}\nThis run keeps its recipe, but for pairs.max_unparsed. With other settings take a new --out, or do "
+                f"the stages that are left one by one on the files in {folder} (selfplay judge, pairs, train)"
             ) from error
         except KeyboardInterrupt:
             raise Stopped(f"stopped; what is finished is in {folder}. The same command goes on from there") from None

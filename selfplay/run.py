@@ -1,7 +1,6 @@
 """A run directory: opening it, continuing it, and where the files of each round lie."""
 
 import hashlib
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,6 +114,7 @@ class OwnParts:
 
 def start_run(recipe: Recipe, folder: Path, *, own: OwnParts, allow_code: bool, report: Reporter) -> Run:
     """Opens or continues a run directory. RecipeError where it holds a run of another recipe, model, data or judge."""
+    _ = recipe.prompts.needed_source  # before anything is loaded
     judge = own_judge(own.judge) if own.judge is not None else None
     selector, filters = own.selector, own.named_filters()
     if judge is None and selector is None:
@@ -129,8 +129,7 @@ def start_run(recipe: Recipe, folder: Path, *, own: OwnParts, allow_code: bool, 
     reference = local_model(named) if named is not None else None
     chat = load_chat(str(initial), recipe.chat)
     pool = load_pool(recipe.prompts, seed=recipe.seed, chat=chat, room=prompt_room(recipe, initial))
-    for reason, count in Counter(drop.reason for drop in pool.drops).items():
-        report.note(f"prompts: {count} dropped: {reason}")
+    note_drops(pool, report)
     for index in range(recipe.rounds):  # a pool that would run out says so now, not hours from now
         dealt = pool.deal(recipe.prompts, index)
         if selector is None:
@@ -166,11 +165,21 @@ def start_run(recipe: Recipe, folder: Path, *, own: OwnParts, allow_code: bool, 
     if reference is not None:
         identity["reference"] = store.weights_digest(reference)
     _same_identity(identity, folder)
-    if not (folder / "recipe.yaml").exists() or _read_recipe(folder).rounds != recipe.rounds:
+    pool.record(folder)
+    old = _read_recipe(folder) if (folder / "recipe.yaml").exists() else None
+    if old != recipe:
+        for change in differences(old, recipe) if old is not None else ():
+            report.note(f"recipe: changed on this run: {change}")
         store.rewrite(folder / "recipe.yaml", dump_recipe(recipe).encode())
     heldout = pool.heldout[: recipe.evaluate.num_prompts]
     panel = Panel(recipe, heldout, panel_judge, report)
     return Run(folder, recipe, initial, reference, chat, pool, judge, selector, filters, programs, panel, report)
+
+
+def note_drops(pool: PromptPool, report: Reporter) -> None:
+    """Says what was dropped when the prompts were read; the rows themselves are in drops.jsonl."""
+    for line in pool.drop_lines:
+        report.note(f"prompts: {line}")
 
 
 def report_swept(folder: Path, report: Reporter) -> None:
@@ -206,7 +215,11 @@ def _same_recipe(recipe: Recipe, folder: Path) -> Recipe:
         }
     )
     # run.json tells a moved model or data set from another one; the rest changes no result
-    free = ["description", "model", "prompts.source", "prompts.heldout", "train.save_steps", "chat.chat_template"]
+    free = ["description", "model", "prompts.source", "prompts.heldout", "prompts.heldout.source", "train.save_steps"]
+    free += [
+        "chat.chat_template",
+        "pairs.max_unparsed",
+    ]  # the last is a gate before pairs are made; no record depends on it
     free += [f"{section}.{key}" for section in ("judge", "evaluate.judge") for key in (*API_CONDUCT, *JUDGE_PLACES)]
     if old.train.reference_path is not None and new.train.reference_path is not None:
         free.append("train.reference")

@@ -25,7 +25,7 @@ from selfplay.prompts import load_pool
 from selfplay.protocols import FilterContext, Judge, JudgeContext
 from selfplay.recipe import Recipe
 from selfplay.recipe_judges import JudgeRecipe, LLMJudgeRecipe
-from selfplay.run import report_swept
+from selfplay.run import note_drops, report_swept
 from selfplay.stages import judge_groups, make_pairs, room_for_judge, sample_groups, sampling_at, shards
 from selfplay.types import Group, Judgement, PreferencePair, derive_seed
 
@@ -92,6 +92,8 @@ def generate(recipe: Recipe, model: str, out: Path, *, round: int, report: Repor
         claimed(out, identity, report),
         open_generator(recipe.generator, folder, chat, seed=seed, encode_gold=recipe.pairs.needs_gold) as generator,
     ):
+        note_drops(pool, report)
+        pool.record(out)
         return sample_groups(generator, prompts, sampling, out, report, f"round {round}, sampling")
 
 
@@ -243,6 +245,8 @@ def evaluate(recipe: Recipe, model: str, out: Path, *, allow_code: bool, report:
     }
     is_initial = digests[0] == digests[1]
     with claimed(out, identity, report):
+        note_drops(pool, report)
+        pool.record(out)
         with open_generator(recipe.generator, folder, chat, seed=derive_seed(recipe.seed, 0, "engine")) as generator:
             index = -1 if is_initial else recipe.rounds - 1
             panel.sample(generator, out, round=index, between=False)

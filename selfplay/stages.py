@@ -19,7 +19,15 @@ from selfplay.judges.journal import USAGE
 from selfplay.judges.llm import LLMJudge
 from selfplay.pairs import Selection, select_pairs
 from selfplay.progress import Advance, Reporter
-from selfplay.protocols import FilterContext, Generator, Judge, JudgeContext, PairSelector, StagedJudge
+from selfplay.protocols import (
+    CountingJudge,
+    FilterContext,
+    Generator,
+    Judge,
+    JudgeContext,
+    PairSelector,
+    StagedJudge,
+)
 from selfplay.recipe import GeneratorRecipe
 from selfplay.recipe_values import at_round
 from selfplay.types import Drop, Group, Judgement, PreferencePair, Prompt, Sampling
@@ -73,8 +81,9 @@ def sample_groups(
             chunk = prompts[number : number + SHARD_PROMPTS]
             path = shard_path(folder, number // SHARD_PROMPTS)
             if not path.exists():
+                count = sampling.num_completions
                 advance = advance or stack.enter_context(
-                    report.stage(name, len(prompts) * sampling.num_completions, "completions")
+                    report.stage(name, len(prompts) * count, "completions", done=len(groups) * count)
                 )
                 store.write_records(path, _generate(generator, chunk, sampling, advance, len(groups)), Group)
             found = store.read_records(path, Group)
@@ -89,8 +98,8 @@ def shard_path(folder: Path, number: int) -> Path:
 
 
 def shards(folder: Path) -> list[Path]:
-    """The finished shards of a folder, in order."""
-    return sorted(folder.glob("*.jsonl"))
+    """The finished shards of a folder, in order; drops.jsonl, which may lie beside them, is none."""
+    return sorted(folder.glob("[0-9]*.jsonl"))
 
 
 def _generate(
@@ -118,23 +127,38 @@ def judge_groups(
 ) -> list[Judgement]:
     """One checked judgement per group, in shards like the groups'."""
     judgements: list[Judgement] = []
+    unit, done = "prompts" if _verdicts_of(judge, groups) is None else "verdicts", 0
     with contextlib.ExitStack() as stack:
         advance = None
         for number in range(0, len(groups), SHARD_PROMPTS):
             chunk = groups[number : number + SHARD_PROMPTS]
             path = shard_path(folder, number // SHARD_PROMPTS)
+            count = _verdicts_of(judge, chunk)
             if not path.exists():
                 if advance is None:
-                    advance = stack.enter_context(report.stage(name, len(groups), "prompts"))
+                    total = _verdicts_of(judge, groups)
+                    advance = stack.enter_context(
+                        report.stage(name, len(groups) if total is None else total, unit, done=done)
+                    )
                     if isinstance(judge, StagedJudge):
                         stack.enter_context(judge.stage(folder, report.note))
-                store.write_records(path, judge_checked(judge, chunk, context), Judgement)
-                advance(number + len(chunk))
+                told = replace(context, progress=_counted_from(advance, done))
+                store.write_records(path, judge_checked(judge, chunk, told), Judgement)
+                advance(done + (len(chunk) if count is None else count))
+            done += len(chunk) if count is None else count
             found = store.read_records(path, Judgement)
             if [j.prompt_id for j in found] != [g.prompt.id for g in chunk]:
                 raise StorageError(f"{path}: holds the judgements of other prompts; delete it to judge anew")
             judgements += found
     return judgements
+
+
+def _verdicts_of(judge: Judge, groups: Sequence[Group]) -> int | None:
+    return judge.count_verdicts(groups) if isinstance(judge, CountingJudge) else None
+
+
+def _counted_from(advance: Advance, before: int) -> Advance:
+    return lambda done: advance(before + done)
 
 
 def usage_of(*judgements: Path) -> dict[str, Any] | None:

@@ -164,10 +164,13 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """A row that left a stage, and why. Rows in = rows out + drops, checked in code."""
+    """A row that left a stage, why, and where it was read, where that is known. Rows in = rows out + drops, checked in
+    code.
+    """
 
     id: str
     reason: str
+    source: str = ""
 
 
 def prompt_id(messages: tuple[Message, ...], tools: tuple[dict[str, Any], ...] | None = None) -> str:

@@ -69,6 +69,19 @@ def test_an_endpoint_scores_as_the_llm_judge_does_and_is_sent_what_the_recipe_sa
     assert seeds == {derive_seed(7, g.prompt.id, k, 0) for g in groups for k in range(len(g.completions))}
 
 
+def test_progress_is_told_reply_by_reply_those_that_were_there_before_too(tmp_path):
+    told, groups = [], groups_of(2)
+    context = JudgeContext(seed=7, progress=told.append)
+    with Server(graded) as server:
+        judge = make_api_judge(server.url, num_verdicts=2)
+        assert judge.count_verdicts(groups) == 8
+        with judge.stage(tmp_path, lambda text: None):
+            judge.judge(groups[:1], context)
+            judge.judge(groups, context)
+    assert told == [*range(1, 5), *range(1, 9)]
+    assert len(server.asked) == 8
+
+
 def test_what_the_environment_says_about_other_accounts_is_not_sent(monkeypatch):
     for name in ("OPENAI_API_KEY", "OPENAI_ADMIN_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):
         monkeypatch.setenv(name, f"other-{name}")

@@ -17,6 +17,7 @@ ORDER = (
     "types",
     "protocols",
     "recipe_values",
+    "targets",
     "recipe_schedule",
     "recipe_judges",
     "recipe_filters",

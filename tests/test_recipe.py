@@ -88,11 +88,25 @@ def test_every_key_misspelt_by_one_edit_is_refused_by_name(data: st.DataObject) 
 
 
 def test_a_required_key_that_is_missing_is_named(tmp_path: Path) -> None:
-    path = recipe_file(tmp_path, text="prompts: {deal: same}\n")
+    path = recipe_file(tmp_path, text="judge: {kind: python}\n")
     with pytest.raises(RecipeError) as caught:
         load_recipe(path)
     assert "model: missing" in str(caught.value)
-    assert "prompts.source: missing" in str(caught.value)
+    assert "judge.target: missing" in str(caught.value)
+
+
+def test_keys_about_prompts_without_prompts_are_refused_and_columns_are_not() -> None:
+    with pytest.raises(RecipeError, match=r"prompts: source is missing, and without prompts num_prompts, deal would"):
+        check_recipe({"model": "m", "prompts": {"num_prompts": 3, "deal": "same", "turns": "last"}}, "r.yaml")
+    assert check_recipe({"model": "m", "prompts": {"system_prompt": "x"}}, "r.yaml").prompts.source is None
+
+
+@pytest.mark.parametrize("heldout", [True, 0, 1.5, {"split": ""}, {"spit": "test"}, []], ids=repr)
+def test_a_held_out_part_is_a_file_a_share_or_a_split(heldout: Any) -> None:
+    prompts = {"source": "some/set", "deal": "same", "heldout": heldout}
+    with pytest.raises(RecipeError, match=r"^r\.yaml: prompts\.heldout[.a-z]*: ") as caught:
+        check_recipe({"model": "m", "prompts": prompts}, "r.yaml")
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["5e-7", "5E-7", "0.5e-6", ".0000005", "+5e-7", "5.0e-07"])

@@ -9,7 +9,8 @@ from scripted_run import ok, write_recipe
 
 from selfplay import store
 from selfplay.cli import main
-from selfplay.types import Demonstration, PreferencePair
+from selfplay.single import read_groups
+from selfplay.types import Demonstration, Drop, PreferencePair
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +175,33 @@ def test_train_takes_any_preference_data(
     assert "rows: 1 dropped: chosen equals rejected" in said.err
     assert len(store.read_records(tmp_path / "out" / "pairs.jsonl", PreferencePair)) == 6
     assert store.weights_digest(tmp_path / "out" / "policy") != store.weights_digest(tiny)
+
+
+def test_train_needs_no_prompts_in_its_recipe_and_what_needs_them_says_so(
+    run: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"model: {tiny}\ntrain: {{learning_rate: 1e-3, batch_size: 4, bf16: false}}\n")
+    ok("validate", path)
+    assert "ok, without prompts" in capsys.readouterr().out
+    pairs = run / "round-000" / "pairs.jsonl"
+    ok("train", path, "--model", tiny, "--pairs", pairs, "--out", tmp_path / "out")
+    assert (tmp_path / "out" / "policy").is_dir()
+    for command in (
+        ["iterate"],
+        ["iterate", "--dry-run"],
+        ["generate", "--model", str(tiny)],
+        ["evaluate", "--model", str(tiny)],
+    ):
+        name, *options = command
+        assert main([name, str(path), "--out", str(tmp_path / name), *options]) == 64
+        assert "prompts.source: missing; this command needs prompts" in capsys.readouterr().err
+
+
+def test_generate_keeps_what_was_dropped_beside_its_shards(recipe: Path, tiny: Path, tmp_path: Path) -> None:
+    ok("generate", recipe, "--model", tiny, "--out", tmp_path)
+    assert {drop.reason for drop in store.read_records(tmp_path / "drops.jsonl", Drop)} == {"duplicate", "empty prompt"}
+    assert len(read_groups(tmp_path)) == 8
 
 
 def test_train_on_messages_is_sft(recipe: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

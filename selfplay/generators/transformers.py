@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.utils import logging
 
 from selfplay.adapters import load_adapter
 from selfplay.errors import DataError, RecipeError
@@ -54,6 +55,7 @@ class TransformersEngine:
             raise RecipeError("generator.tensor_parallel_size: the transformers generator runs on one device; use vllm")
         self._settings = settings
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        logging.disable_progress_bar()  # of loading: it would break into the bar of the stage
         try:
             config = AutoConfig.from_pretrained(settings.model)
             arguments = {

@@ -33,8 +33,10 @@ def make_judge(
         return RougeL()
     if isinstance(recipe, PythonJudgeRecipe):
         from selfplay.judges.python import load_python_judge
+        from selfplay.judges.timed import TimedJudge
 
-        return load_python_judge(recipe.target, Path(), allow_code=allow_code)
+        loaded = load_python_judge(recipe.target, Path(), allow_code=allow_code)
+        return loaded if recipe.timeout is None else TimedJudge(loaded, recipe.timeout)
     if isinstance(recipe, LLMJudgeRecipe):
         return _llm_judge(recipe, open_model)
     if isinstance(recipe, ApiJudgeRecipe):

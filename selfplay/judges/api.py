@@ -10,9 +10,10 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import count
 from pathlib import Path
 
 from selfplay import store
@@ -112,6 +113,9 @@ class ApiJudge:
             cost = (prompt * self.recipe.prompt_price + completion * self.recipe.completion_price) / TOKENS_PER_PRICE
         return Usage(len(replies), self._num_retries, self._num_failed, prompt, completion, cost)
 
+    def count_verdicts(self, groups: Sequence[Group]) -> int:
+        return self.questions.count(groups)
+
     def judge(self, groups: Sequence[Group], context: JudgeContext) -> list[Judgement]:
         """One judgement per group; a question without a reply is None with a note. JudgeError: no call got a reply, many in
         a row got none, or `deadline` has passed.
@@ -131,7 +135,8 @@ class ApiJudge:
             for place, messages in asked.items()
             for n in range(self.questions.num_verdicts)
         ]
-        replies = run_async(self._ask_all(journal, calls))
+        done = count(len(verdicts) * self.questions.num_verdicts + 1)
+        replies = run_async(self._ask_all(journal, calls, lambda: context.progress(next(done))))
         said: dict[Place, list[Reply | CallError]] = {place: [] for place in asked}
         for (place, _, _), reply in zip(calls, replies, strict=True):
             said[place].append(reply)
@@ -144,16 +149,17 @@ class ApiJudge:
         return self.questions.read(texts) if texts else Verdict(None, failed[0])
 
     async def _ask_all(
-        self, journal: Journal, calls: Sequence[tuple[Place, tuple[Message, ...], int]]
+        self, journal: Journal, calls: Sequence[tuple[Place, tuple[Message, ...], int]], tick: Callable[[], None]
     ) -> list[Reply | CallError]:
-        """The reply of every call, or why there is none, in order."""
+        """The reply of every call, or why there is none, in order. `tick` is called when one is there."""
         try:
             async with (
                 asyncio.timeout(max(0.0, self._until - time.monotonic())),
                 Endpoint(self._settings, self._key, until=self._until) as endpoint,
             ):
                 work = [
-                    asyncio.ensure_future(self._ask(journal, endpoint, messages, seed)) for _, messages, seed in calls
+                    asyncio.ensure_future(_ticked(self._ask(journal, endpoint, messages, seed), tick))
+                    for _, messages, seed in calls
                 ]
                 try:
                     found = await asyncio.gather(*work)
@@ -194,6 +200,12 @@ class ApiJudge:
             f"judge {self.recipe.base_url}, model {self.recipe.model}: {what}.\nThe replies so far are kept; when the server "
             "works again, the same command goes on from them (judge.deadline, timeout and max_retries may be changed)"
         )
+
+
+async def _ticked(call: Awaitable[Reply | CallError], tick: Callable[[], None]) -> Reply | CallError:
+    reply = await call
+    tick()
+    return reply
 
 
 def _unspelled(messages: Sequence[Message]) -> tuple[Message, ...]:

@@ -106,13 +106,14 @@ def check_judgements(groups: Sequence[Group], judgements: object, judge_identity
         raise JudgeError(f"judge {judge_identity}: expected a list of judgements, found {type(judgements).__name__}.")
     if len(judgements) != len(groups):
         raise JudgeError(
-            f"judge {judge_identity}: {len(judgements)} judgements for {len(groups)} groups ({_named(groups)}). "
+            f"judge {judge_identity}: {len(judgements)} judgements for {len(groups)} groups ({named(groups)}). "
             "Return one per group, in the groups' order."
         )
     return [_check_one(group, found, judge_identity) for group, found in zip(groups, judgements, strict=True)]
 
 
-def _named(groups: Sequence[Group]) -> str:
+def named(groups: Sequence[Group]) -> str:
+    """The first few prompts, for a message."""
     shown = ", ".join(group.prompt.id for group in groups[:PROMPTS_SHOWN])
     return f"prompts {shown}" + (", ..." if len(groups) > PROMPTS_SHOWN else "")
 
@@ -137,7 +138,7 @@ def judge_checked(judge: Judge, groups: Sequence[Group], context: JudgeContext) 
             f"a judge's identity must be a text that isn't empty; {type(judge).__name__} has {identity!r}."
         )
     shown = [replace(group, prompt=_copied(group.prompt)) for group in groups]
-    with Blamed(f"judge {identity} raised on {_named(groups)}"):
+    with Blamed(f"judge {identity} raised on {named(groups)}"):
         judgements = judge.judge(list(shown), context)
     for group, seen in zip(groups, shown, strict=True):
         if seen != group:

@@ -9,6 +9,7 @@ function. Async functions run side by side, at most `max_concurrency` calls at a
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -16,7 +17,7 @@ import inspect
 import math
 import platform
 import sys
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import permutations
 from pathlib import Path
@@ -39,30 +40,49 @@ EMPTY_CELL = CellType()  # what a function that names itself closes over while i
 PLAIN = (str, bytes, int, float, bool, type(None))
 
 
-def _call_one_by_one(function: Callable[..., Any], calls: Sequence[Call]) -> list[Any]:
-    values = []
-    for where, arguments in calls:
-        with Blamed(where):
-            values.append(function(*arguments))
-    return values
+class Calls:
+    """Calls of a function, their values in order. `running` holds where those stand that have begun and not ended: who
+    waits in vain can say for what.
+    """
 
+    def __init__(self, function: Callable[..., Any], max_concurrency: int) -> None:
+        self.function = function
+        self.max_concurrency = max_concurrency
+        self.running: dict[str, None] = {}
 
-async def _call_side_by_side(function: Callable[..., Any], calls: Sequence[Call], max_concurrency: int) -> list[Any]:
-    free = asyncio.Semaphore(max_concurrency)
+    def make(self, calls: Sequence[Call], progress: Callable[[int], None]) -> list[Any]:
+        """The value of every call; `progress` is called with the number of those that are done."""
+        self.running.clear()
+        self._done, self._progress = 0, progress
+        function = self.function
+        if not (inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)):
+            return self._one_by_one(calls)
+        return run_async(self._side_by_side(calls))
 
-    async def one(where: str, arguments: tuple[Any, ...]) -> Any:
-        async with free:
-            with Blamed(where):
-                return await function(*arguments)
+    def _one_by_one(self, calls: Sequence[Call]) -> list[Any]:
+        values = []
+        for where, arguments in calls:
+            with self._watched(where), Blamed(where):
+                values.append(self.function(*arguments))
+        return values
 
-    return await asyncio.gather(*(one(where, arguments) for where, arguments in calls))
+    async def _side_by_side(self, calls: Sequence[Call]) -> list[Any]:
+        free = asyncio.Semaphore(self.max_concurrency)
 
+        async def one(where: str, arguments: tuple[Any, ...]) -> Any:
+            async with free:
+                with self._watched(where), Blamed(where):
+                    return await self.function(*arguments)
 
-def _call_all(function: Callable[..., Any], calls: Sequence[Call], max_concurrency: int) -> list[Any]:
-    """The value of every call, in order."""
-    if not (inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)):
-        return _call_one_by_one(function, calls)
-    return run_async(_call_side_by_side(function, calls, max_concurrency))
+        return await asyncio.gather(*(one(where, arguments) for where, arguments in calls))
+
+    @contextlib.contextmanager
+    def _watched(self, where: str) -> Iterator[None]:
+        self.running[where] = None
+        yield
+        del self.running[where]
+        self._done += 1
+        self._progress(self._done)
 
 
 def run_async(work: Coroutine[Any, Any, T]) -> T:
@@ -149,11 +169,14 @@ class PointwiseJudge:
     def __init__(self, function: PointwiseFunction, *, name: str | None = None, max_concurrency: int) -> None:
         functools.update_wrapper(self, function)  # first: it copies the function's own attributes over ours
         self.function = function
-        self.max_concurrency = max_concurrency
+        self.calls = Calls(function, max_concurrency)
         self.identity = function_identity(self.kind, function, name)
 
     def __call__(self, prompt: Prompt, completion: Completion) -> Verdict | Awaitable[Verdict]:
         return self.function(prompt, completion)
+
+    def count_verdicts(self, groups: Sequence[Group]) -> int:
+        return sum(len(group.completions) for group in groups)
 
     def judge(self, groups: Sequence[Group], context: JudgeContext) -> list[Judgement]:
         """One judgement per group. JudgeError, naming prompt and completion: the function raised, or its value is no
@@ -168,7 +191,7 @@ class PointwiseJudge:
             for group, row in zip(groups, wheres, strict=True)
             for where, completion in zip(row, group.completions, strict=True)
         ]
-        values = iter(_call_all(self.function, calls, self.max_concurrency))
+        values = iter(self.calls.make(calls, context.progress))
         judgements = []
         for group, row in zip(groups, wheres, strict=True):
             scores = tuple(as_score(next(values), where) for where in row)
@@ -194,11 +217,14 @@ class PairwiseJudge:
     def __init__(self, function: PairwiseFunction, *, name: str | None = None, max_concurrency: int) -> None:
         functools.update_wrapper(self, function)  # first: it copies the function's own attributes over ours
         self.function = function
-        self.max_concurrency = max_concurrency
+        self.calls = Calls(function, max_concurrency)
         self.identity = function_identity(self.kind, function, name)
 
     def __call__(self, prompt: Prompt, a: Completion, b: Completion) -> Verdict | Awaitable[Verdict]:
         return self.function(prompt, a, b)
+
+    def count_verdicts(self, groups: Sequence[Group]) -> int:
+        return sum(len(group.completions) * (len(group.completions) - 1) for group in groups)
 
     def judge(self, groups: Sequence[Group], context: JudgeContext) -> list[Judgement]:
         """One judgement per group. JudgeError, naming prompt and completions: the function raised, or its value is no
@@ -210,7 +236,7 @@ class PairwiseJudge:
             for group, orders in zip(groups, asked, strict=True)
             for i, j in orders
         ]
-        values = iter(_call_all(self.function, calls, self.max_concurrency))
+        values = iter(self.calls.make(calls, context.progress))
         judgements = []
         for group, orders in zip(groups, asked, strict=True):
             first_wins = {(i, j): _as_probability(next(values), self._where(group, i, j)) for i, j in orders}

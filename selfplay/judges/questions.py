@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
+from typing import Literal
 
 from selfplay.errors import RecipeError
 from selfplay.judges.lift import win_rates
@@ -46,6 +47,10 @@ class Questions:
         return {
             (g, *shown): self._messages(group, shown) for g, group in enumerate(groups) for shown in self._shown(group)
         }
+
+    def count(self, groups: Sequence[Group]) -> int:
+        """How many verdicts these groups take."""
+        return self.num_verdicts * sum(len(self._shown(group)) for group in groups)
 
     def _shown(self, group: Group) -> list[Place]:
         """Which completions each question of a group shows, in which order."""
@@ -91,6 +96,22 @@ def mean_verdict(verdicts: Sequence[Verdict]) -> Verdict:
         return Verdict(None, count + verdicts[0].note)
     listed = " ".join("-" if verdict.score is None else f"{verdict.score:g}" for verdict in verdicts)
     return Verdict(math.fsum(scores) / len(scores), "" if len(verdicts) == 1 else f"verdicts {listed}")
+
+
+def check_asked(questions: Questions, *, verdict: Literal["parse", "labels"], temperature: float) -> None:
+    """RecipeError where a template and the way in which verdicts are had don't fit."""
+    if verdict == "parse":
+        check_readable(questions, temperature)
+        return
+    head = questions.template.head
+    if head.labels is None:
+        raise RecipeError(
+            f"judge.template: {head.name} has no `labels`; use verdict: parse, or add labels to the template."
+        )
+    if questions.num_verdicts != 1:
+        raise RecipeError(
+            f"judge.num_verdicts is {questions.num_verdicts}, but verdict: labels draws nothing; set it to 1."
+        )
 
 
 def check_readable(questions: Questions, temperature: float) -> None:
