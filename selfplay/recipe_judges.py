@@ -18,12 +18,15 @@ from selfplay.recipe_values import Section, TopP
 
 
 class VerifierRecipe(Section):
-    """Named checks. The recipe's `checks` apply to every prompt, beside the checks that a prompt carries."""
+    """Named checks. The recipe's `checks` apply to every prompt, beside the checks that a prompt carries. `ifeval` is how
+    instructions of IFEval are read: as they stand, or loosely.
+    """
 
     kind: Literal["verifier"]
     checks: list[dict[str, Any]] = []
     score: Literal["share", "all"] = "share"
     truncated_fails: bool = True
+    ifeval: Literal["strict", "loose"] = "strict"
 
 
 class LLMJudgeRecipe(Section):

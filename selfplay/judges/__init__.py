@@ -40,7 +40,8 @@ def make_judge(
         return _api_judge(recipe)
     from selfplay.judges.verifier import Verifier
 
-    return Verifier(tuple(recipe.checks), score=recipe.score, truncated_fails=recipe.truncated_fails)
+    checks = tuple(recipe.checks)
+    return Verifier(checks, score=recipe.score, truncated_fails=recipe.truncated_fails, ifeval=recipe.ifeval)
 
 
 def _llm_judge(recipe: LLMJudgeRecipe, open_model: Callable[[str], Any] | None) -> Judge:
