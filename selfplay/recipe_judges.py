@@ -132,6 +132,15 @@ class RougeLRecipe(Section):
     kind: Literal["rouge_l"]
 
 
+class SimilarityRecipe(Section):
+    """Cosine of the sentence embeddings of completion and gold answer, in [-1, 1]. `model` is a folder or hub id of
+    sentence-transformers.
+    """
+
+    kind: Literal["similarity"]
+    model: Annotated[str, Field(min_length=1)]
+
+
 class CoinRecipe(Section):
     """A coin flip for every completion: the control that must bring no gain."""
 
@@ -139,6 +148,6 @@ class CoinRecipe(Section):
 
 
 JudgeRecipe = Annotated[
-    VerifierRecipe | LLMJudgeRecipe | ApiJudgeRecipe | PythonJudgeRecipe | RougeLRecipe | CoinRecipe,
+    VerifierRecipe | LLMJudgeRecipe | ApiJudgeRecipe | PythonJudgeRecipe | RougeLRecipe | SimilarityRecipe | CoinRecipe,
     Field(discriminator="kind"),
 ]

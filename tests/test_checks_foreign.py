@@ -204,9 +204,9 @@ def test_a_wrong_instruction_is_a_fault(ids: list[str], kwargs: list[dict[str, A
 
 def test_the_language_of_a_text_is_the_same_every_time() -> None:
     pytest.importorskip("if_verifiable")
-    check = {"kind": "ifeval", "instruction_id_list": ["language:response_language"], "kwargs": [{"language": "de"}]}
-    # langdetect draws: without a seed this text is German in some calls and not in others
-    assert len({value(check, "Hallo was war in the house man", None) for _ in range(12)}) == 1
+    check = {"kind": "ifeval", "instruction_id_list": ["language:response_language"], "kwargs": [{"language": "en"}]}
+    # langdetect draws: without a seed this text is English in one call of ten
+    assert len({value(check, "in an hotel", None) for _ in range(60)}) == 1
 
 
 def test_a_task_of_reasoning_gym_is_scored_by_its_own_scorer() -> None:

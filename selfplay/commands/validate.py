@@ -14,7 +14,14 @@ from selfplay.models import local_model
 from selfplay.recipe import Recipe
 from selfplay.recipe_file import load_recipe
 from selfplay.recipe_filters import PythonFilterRecipe
-from selfplay.recipe_judges import ApiJudgeRecipe, JudgeRecipe, LLMJudgeRecipe, PythonJudgeRecipe, VerifierRecipe
+from selfplay.recipe_judges import (
+    ApiJudgeRecipe,
+    JudgeRecipe,
+    LLMJudgeRecipe,
+    PythonJudgeRecipe,
+    SimilarityRecipe,
+    VerifierRecipe,
+)
 from selfplay.report import safe_text
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -79,6 +86,8 @@ def _check_judge(key: str, judge: JudgeRecipe) -> None:
         load_template(judge.template, Path())
         if judge.model != "policy":
             _check_model(f"{key}.model", judge.model)
+    elif isinstance(judge, SimilarityRecipe):
+        _check_model(f"{key}.model", judge.model)
     elif isinstance(judge, ApiJudgeRecipe):
         load_template(judge.template, Path())
         read_key(judge)

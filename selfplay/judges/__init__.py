@@ -1,5 +1,5 @@
-"""Judges: verifier (rules), llm (a model reads), api (a model behind an endpoint reads), python (the user's own), rouge_l
-(likeness to gold), coin (the control). See `make_judge`.
+"""Judges: verifier (rules), llm (a model reads), api (a model behind an endpoint reads), python (the user's own), rouge_l and
+similarity (likeness to gold), coin (the control). See `make_judge`.
 """
 
 from collections.abc import Callable
@@ -15,6 +15,7 @@ from selfplay.recipe_judges import (
     LLMJudgeRecipe,
     PythonJudgeRecipe,
     RougeLRecipe,
+    SimilarityRecipe,
 )
 
 
@@ -30,6 +31,10 @@ def make_judge(
         from selfplay.judges.rouge import RougeL
 
         return RougeL()
+    if isinstance(recipe, SimilarityRecipe):
+        from selfplay.judges.similarity import open_similarity
+
+        return open_similarity(recipe.model)
     if isinstance(recipe, PythonJudgeRecipe):
         from selfplay.judges.python import load_python_judge
 
