@@ -52,6 +52,7 @@ ORDER = (
     "plan",
     "gguf",
     "mini_data",
+    "tasks",
     "commands/",
     "cli",
     "__init__",
