@@ -1,7 +1,7 @@
 """`selfplay tasks`: prompts that reasoning-gym makes."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -14,7 +14,10 @@ def tasks_command(
     out: Annotated[Path, typer.Argument(help="The .jsonl file to write.", show_default=False)],
     count: Annotated[int, typer.Option(min=1, help="How many to make; of equal ones one is kept.")] = 100,
     seed: Annotated[int, typer.Option(min=0, help="Other seeds make other tasks.")] = 0,
-    read: Annotated[str, typer.Option(help="What is scored: tag (<answer> tags), last_number or all.")] = "tag",
+    read: Annotated[
+        Literal["tag", "last_number", "all"],
+        typer.Option(help="What is scored: <answer> tags, the last number, or all."),
+    ] = "tag",
     options: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="An option of the task: min_terms=2. Repeatable."),
@@ -24,8 +27,6 @@ def tasks_command(
     from selfplay.tasks import write_tasks
 
     given = dict(_option(text) for text in options or ())
-    if read not in ("tag", "last_number", "all"):
-        raise RecipeError(f"--read {read}: it is one of tag, last_number, all")
     num = write_tasks(task, out, count=count, seed=seed, read=read, options=given)
     typer.echo(f"{out}: {num} prompts")
 
