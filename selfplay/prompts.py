@@ -24,6 +24,7 @@ DROPS_SHOWN = 3
 FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 Turns = Literal["first", "last"]
+IFEVAL = ("instruction_id_list", "kwargs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,9 +261,19 @@ def _prompt(row: Mapping[str, Any], form: str, recipe: PromptsRecipe, where: str
     if not any(m.content.strip() for m in messages if m.role == "user"):
         return Drop(where, "empty prompt", where)
     tools = read_tools(row.get("tools"), where)
-    used = {"prompt", "messages", "conversations", "instruction", "input", "output", "tools", recipe.checks_column}
+    used = {
+        "prompt",
+        "messages",
+        "conversations",
+        "instruction",
+        "input",
+        "output",
+        "tools",
+        *IFEVAL,
+        recipe.checks_column,
+    }
     meta = {k: v for k, v in row.items() if k not in used and isinstance(v, str | int | float | bool)}
-    checks = read_checks(row.get(recipe.checks_column), recipe.checks_column, where)
+    checks = (*read_checks(row.get(recipe.checks_column), recipe.checks_column, where), *_instructions(row, where))
     try:
         texts = [[m.content for m in messages], gold, tools, checks, meta]
         json.dumps(texts, ensure_ascii=False, default=str).encode()
@@ -293,6 +304,17 @@ def read_checks(value: Any, column: str, where: str) -> tuple[dict[str, Any], ..
     if not isinstance(checks, list) or not all(isinstance(check, dict) for check in checks):
         raise DataError(f"{where}: {column}: expected a list of checks, each a mapping, found {str(value)[:80]}")
     return tuple(checks)
+
+
+def _instructions(row: Mapping[str, Any], where: str) -> tuple[dict[str, Any], ...]:
+    """The check that a row of IFEval's own form asks for; none where the row has no such columns."""
+    if row.get(IFEVAL[0]) is None:
+        return ()
+    try:
+        ids, given = (json.loads(v) if isinstance(v, str) else v for v in (row[key] for key in IFEVAL))
+    except (json.JSONDecodeError, KeyError) as error:
+        raise DataError(f"{where}: {' and '.join(IFEVAL)}: can't be read ({error!r})") from error
+    return ({"kind": "ifeval", IFEVAL[0]: ids, IFEVAL[1]: given},)
 
 
 def _text(value: Any) -> str:

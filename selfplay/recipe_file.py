@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from selfplay.errors import RecipeError
 from selfplay.recipe import HELDOUT_TAGS, HeldoutRecipe, Recipe, resolve_path
 from selfplay.recipe_filters import FilterRecipe, PythonFilterRecipe
-from selfplay.recipe_judges import ApiJudgeRecipe, JudgeRecipe, LLMJudgeRecipe, PythonJudgeRecipe
+from selfplay.recipe_judges import ApiJudgeRecipe, JudgeRecipe, LLMJudgeRecipe, PythonJudgeRecipe, SimilarityRecipe
 from selfplay.recipe_pairs import PairsRecipe
 from selfplay.recipe_train import REFERENCE_KINDS
 
@@ -241,6 +241,8 @@ def _absolute_judge(judge: Any, folder: Path) -> Any:
     if isinstance(judge, LLMJudgeRecipe):
         model = judge.model if judge.model == "policy" else resolve_path(judge.model, folder)
         return judge.model_copy(update={"model": model, "template": resolve_path(judge.template, folder)})
+    if isinstance(judge, SimilarityRecipe):
+        return judge.model_copy(update={"model": resolve_path(judge.model, folder)})
     if isinstance(judge, ApiJudgeRecipe):
         return judge.model_copy(update={"template": resolve_path(judge.template, folder)})
     return judge

@@ -18,12 +18,15 @@ from selfplay.recipe_values import Section, TopP
 
 
 class VerifierRecipe(Section):
-    """Named checks. The recipe's `checks` apply to every prompt, beside the checks that a prompt carries."""
+    """Named checks. The recipe's `checks` apply to every prompt, beside the checks that a prompt carries. `ifeval` is how
+    instructions of IFEval are read: as they stand, or loosely.
+    """
 
     kind: Literal["verifier"]
     checks: list[dict[str, Any]] = []
     score: Literal["share", "all"] = "share"
     truncated_fails: bool = True
+    ifeval: Literal["strict", "loose"] = "strict"
 
 
 DRAWN = {"temperature": 0.7, "top_p": 0.9, "max_tokens": 256}  # how a judge's texts are drawn
@@ -153,6 +156,15 @@ class RougeLRecipe(Section):
     kind: Literal["rouge_l"]
 
 
+class SimilarityRecipe(Section):
+    """Cosine of the sentence embeddings of completion and gold answer, in [-1, 1]. `model` is a folder or hub id of
+    sentence-transformers.
+    """
+
+    kind: Literal["similarity"]
+    model: Annotated[str, Field(min_length=1)]
+
+
 class CoinRecipe(Section):
     """A coin flip for every completion: the control that must bring no gain."""
 
@@ -160,6 +172,6 @@ class CoinRecipe(Section):
 
 
 JudgeRecipe = Annotated[
-    VerifierRecipe | LLMJudgeRecipe | ApiJudgeRecipe | PythonJudgeRecipe | RougeLRecipe | CoinRecipe,
+    VerifierRecipe | LLMJudgeRecipe | ApiJudgeRecipe | PythonJudgeRecipe | RougeLRecipe | SimilarityRecipe | CoinRecipe,
     Field(discriminator="kind"),
 ]

@@ -53,6 +53,7 @@ ORDER = (
     "plan",
     "gguf",
     "mini_data",
+    "tasks",
     "commands/",
     "cli",
     "__init__",

@@ -19,7 +19,14 @@ from selfplay.prompts import FILE_SUFFIXES, load_pool
 from selfplay.recipe import HeldoutRecipe, Recipe
 from selfplay.recipe_file import load_recipe
 from selfplay.recipe_filters import PythonFilterRecipe
-from selfplay.recipe_judges import ApiJudgeRecipe, JudgeRecipe, LLMJudgeRecipe, PythonJudgeRecipe, VerifierRecipe
+from selfplay.recipe_judges import (
+    ApiJudgeRecipe,
+    JudgeRecipe,
+    LLMJudgeRecipe,
+    PythonJudgeRecipe,
+    SimilarityRecipe,
+    VerifierRecipe,
+)
 from selfplay.report import safe_text
 from selfplay.targets import check_target
 
@@ -107,6 +114,8 @@ def _check_judge(key: str, judge: JudgeRecipe, *, allow_code: bool) -> None:
         _check_questions(key, judge, judge.verdict)
         if judge.model != "policy":
             _check_model(f"{key}.model", judge.model)
+    elif isinstance(judge, SimilarityRecipe):
+        _check_model(f"{key}.model", judge.model)
     elif isinstance(judge, ApiJudgeRecipe):
         _check_questions(key, judge, "parse")
         read_key(judge)

@@ -1,5 +1,5 @@
-"""Judges: verifier (rules), llm (a model reads), api (a model behind an endpoint reads), python (the user's own), rouge_l
-(likeness to gold), coin (the control). See `make_judge`.
+"""Judges: verifier (rules), llm (a model reads), api (a model behind an endpoint reads), python (the user's own), rouge_l and
+similarity (likeness to gold), coin (the control). See `make_judge`.
 """
 
 from collections.abc import Callable
@@ -16,6 +16,7 @@ from selfplay.recipe_judges import (
     LLMJudgeRecipe,
     PythonJudgeRecipe,
     RougeLRecipe,
+    SimilarityRecipe,
 )
 
 
@@ -31,6 +32,10 @@ def make_judge(
         from selfplay.judges.rouge import RougeL
 
         return RougeL()
+    if isinstance(recipe, SimilarityRecipe):
+        from selfplay.judges.similarity import open_similarity
+
+        return open_similarity(recipe.model)
     if isinstance(recipe, PythonJudgeRecipe):
         from selfplay.judges.python import load_python_judge
         from selfplay.judges.timed import TimedJudge
@@ -43,7 +48,8 @@ def make_judge(
         return _api_judge(recipe)
     from selfplay.judges.verifier import Verifier
 
-    return Verifier(tuple(recipe.checks), score=recipe.score, truncated_fails=recipe.truncated_fails)
+    checks = tuple(recipe.checks)
+    return Verifier(checks, score=recipe.score, truncated_fails=recipe.truncated_fails, ifeval=recipe.ifeval)
 
 
 def _llm_judge(recipe: LLMJudgeRecipe, open_model: Callable[[str], Any] | None) -> Judge:
