@@ -198,7 +198,11 @@ def test_validate_tells_of_a_key_variable_that_is_not_set(
         ({"prompt_price": 1.0}, "both prompt_price and completion_price"),
         ({"requests_per_minute": 0.0}, "judge.requests_per_minute"),
         ({"timeout": 0.0}, "judge.timeout"),
-        ({"verdict": "labels"}, "judge.verdict: unknown key"),
+        ({"verdict": "guessed"}, "judge.verdict"),
+        ({"verdict": "labels", "temperature": 0.1}, "labels draws nothing, so temperature changes nothing"),
+        ({"constraint": "structured_outputs"}, "constraint is read with verdict: constrained alone"),
+        ({"top_logprobs": 5}, "top_logprobs is read with verdict: labels alone"),
+        ({"verdict": "labels", "top_logprobs": 21}, "judge.top_logprobs"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

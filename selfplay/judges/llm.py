@@ -1,5 +1,5 @@
 """A model as a judge: asked in words about every completion, or every two of them, its verdict read from its text or from
-label probabilities.
+label probabilities, or drawn from a few texts alone.
 
 Self-Rewarding Language Models (arXiv:2401.10020): the policy itself judges, several verdicts are drawn, and the score
 is the mean of those that can be read. With `model="policy"` the judge asks the policy's engine, which is loaded
@@ -15,7 +15,7 @@ from typing import Literal, Protocol, Self, runtime_checkable
 from selfplay.chat import Chat
 from selfplay.errors import GeneratorError, RecipeError
 from selfplay.generators.engine import Request, Result
-from selfplay.judges.questions import Place, Questions, check_readable
+from selfplay.judges.questions import Place, Questions, check_labels, check_readable
 from selfplay.judges.template import JudgeTemplate
 from selfplay.judges.verdicts import Verdict
 from selfplay.protocols import JudgeContext
@@ -53,7 +53,8 @@ class LLMJudge:
     beating another one (see lift.py).
 
     `verdict="parse"`: `num_verdicts` texts are drawn at `temperature` and `top_p`, up to `max_tokens` each; the verdict
-    is the mean of those that can be read, None where none can. `verdict="labels"`: nothing is drawn; the verdict is the
+    is the mean of those that can be read, None where none can. `verdict="constrained"`: the same, but the engine draws
+    nothing else than the verdict's choices (choices.py). `verdict="labels"`: nothing is drawn; the verdict is the
     expected value sum_i p_i v_i over the template's labels, p renormalised over them.
 
     `model` is "policy" (then `context.generator` is asked) or the digest of another model, which `generator_factory`
@@ -65,7 +66,7 @@ class LLMJudge:
         self,
         template: JudgeTemplate,
         *,
-        verdict: Literal["parse", "labels"] = "parse",
+        verdict: Literal["parse", "labels", "constrained"] = "parse",
         num_verdicts: int = 1,
         temperature: float = 0.7,
         top_p: float = 0.9,
@@ -78,9 +79,9 @@ class LLMJudge:
             raise RecipeError(
                 "judge.model: the policy judges on its own engine; any other model needs a generator_factory."
             )
-        self.questions = Questions(template, num_verdicts, system_prompt)
+        self.questions = Questions(template, num_verdicts, system_prompt, verdict == "constrained")
         if verdict == "labels":
-            _check_labels(self.questions)
+            check_labels(self.questions)
         else:
             check_readable(self.questions, temperature)
         self.verdict = verdict
@@ -160,8 +161,9 @@ class LLMJudge:
         context: JudgeContext,
     ) -> dict[Place, Verdict]:
         count = self.questions.num_verdicts
+        choices = tuple(self.questions.choices)
         requests = [
-            Request(_id(place, n), ids, self.questions.seed(groups, place, n, context.seed), self.sampling)
+            Request(_id(place, n), ids, self.questions.seed(groups, place, n, context.seed), self.sampling, choices)
             for place, ids in asked.items()
             for n in range(count)
         ]
@@ -204,18 +206,6 @@ def _said(chat: Chat, result: Result) -> tuple[str, bool]:
     """The text of a verdict, thinking cut off, and whether max_tokens cut it."""
     said = chat.completion(result.token_ids, result.logps, result.finish_reason, result.stop_reason)
     return said.text, result.finish_reason == "length"
-
-
-def _check_labels(questions: Questions) -> None:
-    head = questions.template.head
-    if head.labels is None:
-        raise RecipeError(
-            f"judge.template: {head.name} has no `labels`; use verdict: parse, or add labels to the template."
-        )
-    if questions.num_verdicts != 1:
-        raise RecipeError(
-            f"judge.num_verdicts is {questions.num_verdicts}, but verdict: labels draws nothing; set it to 1."
-        )
 
 
 def label_token_ids(chat: Chat, labels: Sequence[str]) -> list[int]:
