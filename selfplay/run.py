@@ -44,6 +44,7 @@ class Run:
     programs: Programs  # what the recipe's filters name as programs of the user
     panel: Panel
     report: Reporter
+    num_canaries: int = 0  # prompts of a round that the judge sees canaries of
 
     def round(self, index: int) -> "Round":
         return Round(self, index)
@@ -169,7 +170,9 @@ def start_run(recipe: Recipe, folder: Path, *, own: OwnParts, allow_code: bool, 
         store.rewrite(folder / "recipe.yaml", dump_recipe(recipe).encode())
     heldout = pool.heldout[: recipe.evaluate.num_prompts]
     panel = Panel(recipe, heldout, panel_judge, report)
-    return Run(folder, recipe, initial, reference, chat, pool, judge, selector, filters, programs, panel, report)
+    # what a judge of the user's own would make of canaries nobody knows, so it sees those alone that are asked for
+    count = recipe.num_canaries if own.judge is None else recipe.audit.canaries or 0
+    return Run(folder, recipe, initial, reference, chat, pool, judge, selector, filters, programs, panel, report, count)
 
 
 def _require_gold(prompts: Sequence[Prompt], kind: str) -> None:
@@ -214,7 +217,7 @@ def _same_recipe(recipe: Recipe, folder: Path) -> Recipe:
         }
     )
     # run.json tells a moved model or data set from another one; the rest changes no result
-    free = ["description", "model", "prompts.source", "prompts.heldout", "train.save_steps"]
+    free = ["description", "model", "prompts.source", "prompts.heldout", "train.save_steps", "audit.canaries"]
     free += [f"{section}.{key}" for section in ("judge", "evaluate.judge") for key in API_CONDUCT]
     if old.train.reference_path is not None and new.train.reference_path is not None:
         free.append("train.reference")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from selfplay import store
+from selfplay.canaries import Canary, CanaryVerdict, verdicts_on
 from selfplay.errors import GeneratorError, NoPairsError, StorageError
 from selfplay.filters import FilterCounts, NamedFilter, apply_filters
 from selfplay.generators.generator import EngineGenerator
@@ -25,6 +26,7 @@ from selfplay.recipe_values import at_round
 from selfplay.types import Drop, Group, Judgement, PreferencePair, Prompt, Sampling
 
 SHARD_PROMPTS = 256
+CANARIES = "verdicts.jsonl"
 
 
 @contextlib.contextmanager
@@ -137,11 +139,30 @@ def judge_groups(
     return judgements
 
 
-def usage_of(judgements: Path) -> dict[str, Any] | None:
-    """What the judging of a folder has asked of an endpoint: calls, tokens, cost. None where none was asked."""
-    path = judgements / USAGE
-    found: dict[str, Any] | None = store.read_json(path) if path.exists() else None
-    return found
+def judge_canaries(
+    judge: Judge, canaries: Sequence[Canary], context: JudgeContext, folder: Path, report: Reporter, name: str
+) -> None:
+    """The judge's verdicts on canaries, in verdicts.jsonl of `folder`; see canaries.py. Nothing where there are none."""
+    path = folder / CANARIES
+    if canaries and not path.exists():
+        judged = judge_groups(judge, [one.group for one in canaries], context, folder / "judgements", report, name)
+        store.write_json_lines(path, [asdict(verdict) for verdict in verdicts_on(canaries, judged)])
+
+
+def read_canaries(folder: Path) -> list[CanaryVerdict]:
+    """What `judge_canaries` left in a folder; rounds without canaries have none."""
+    path = folder / CANARIES
+    return [CanaryVerdict(**row) for row in store.read_json_lines(path)] if path.exists() else []
+
+
+def usage_of(*judgements: Path) -> dict[str, Any] | None:
+    """What the judging of these folders has asked of an endpoint: calls, tokens, cost. None where none was asked."""
+    found = [store.read_json(folder / USAGE) for folder in judgements if (folder / USAGE).exists()]
+    if not found:
+        return None
+    counts: dict[str, Any] = {key: sum(one[key] for one in found) for key in found[0] if key != "cost"}
+    costs = [one["cost"] for one in found]
+    return counts | {"cost": None if None in costs else sum(costs)}
 
 
 @contextlib.contextmanager

@@ -225,7 +225,8 @@ def test_a_round_judged_by_an_endpoint_tells_its_audit_and_its_cost(
 
     with Server(longer) as server:
         judge = api(server.url, prompt_price=1.0, completion_price=1.0)
-        recipe = write_recipe(tmp_path, tiny, rounds=1, judge=judge, evaluate={"judge": {"kind": "coin"}})
+        coin, none = {"judge": {"kind": "coin"}}, {"canaries": 0}
+        recipe = write_recipe(tmp_path, tiny, rounds=1, judge=judge, evaluate=coin, audit=none)
         out = tmp_path / "run"
         run(capsys, "iterate", recipe, "--out", out)
         asked = len(server.asked)

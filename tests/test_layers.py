@@ -39,6 +39,8 @@ ORDER = (
     "train/",
     "evaluate",
     "agreement",
+    "self_agreement",
+    "canaries",
     "audit",
     "stages",
     "panel",
