@@ -138,6 +138,10 @@ class Chat:
         ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=as_text, return_attention_mask=False)
         return tuple(ids["input_ids"])
 
+    def encode_text(self, text: str) -> tuple[int, ...]:
+        """Token ids of a text by itself, in which nothing is a special token."""
+        return self._encode(text, as_text=True)
+
     def encode_prompt(self, prompt: Prompt) -> tuple[int, ...]:
         """Token ids up to and including the generation prompt."""
         return self.encode_messages(prompt.messages, tools=prompt.tools)

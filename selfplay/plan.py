@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from selfplay.adapters import base_folder
+from selfplay.canaries import WHAT
 from selfplay.errors import DataError
 from selfplay.filters import make_mix
 from selfplay.judges.verifier import check_verifiable
@@ -20,6 +21,7 @@ from selfplay.prompts import PromptPool, check_gold, load_pool
 from selfplay.recipe import Recipe
 from selfplay.recipe_file import dump_recipe
 from selfplay.recipe_filters import MixPreviousRecipe
+from selfplay.recipe_judges import ApiJudgeRecipe, LLMJudgeRecipe
 from selfplay.recipe_train import LoraRecipe
 from selfplay.recipe_values import at_round
 from selfplay.report import print_table
@@ -254,12 +256,24 @@ def _round_lines(recipe: Recipe, plan: RoundPlan) -> list[str]:
         f"  reference  {_reference_line(plan)}",
         f"  data       prompts {data} in dealing order, {plan.num_completions} completions each "
         f"(temperature {plan.temperature:g}, at most {plan.max_tokens} tokens)",
+        *_canary_lines(recipe, plan),
         f"  pairs      {' -> '.join([recipe.pairs.kind, *(one.kind for one in recipe.pairs.filters)])}",
         f"  schedule   learning_rate {settings.learning_rate:g}, {settings.lr_scheduler_type} over {span}, "
         f"warmup_steps {settings.warmup_steps:g}; optimizer {optimizer}",
         f"  train      {_loss_line(settings)}, batch_size {settings.batch_size}, "
         + (f"{settings.max_steps} steps" if settings.max_steps > 0 else f"{settings.num_train_epochs} epochs"),
     ]
+
+
+def _canary_lines(recipe: Recipe, plan: RoundPlan) -> list[str]:
+    """What canaries cost the judge, at most; nothing where there are none."""
+    prompts = min(recipe.num_canaries, plan.num_prompts)
+    if not prompts:
+        return []
+    several = recipe.judge.num_verdicts if isinstance(recipe.judge, LLMJudgeRecipe | ApiJudgeRecipe) else 1
+    times = f" x {several} verdicts" if several > 1 else ""
+    shown = f"{len(WHAT)} canaries for each of {prompts} prompts, {2 * len(WHAT) * prompts} completions to judge"
+    return [f"  audit      {shown}{times}, beside {plan.num_prompts * plan.num_completions}"]
 
 
 def _reference_line(plan: RoundPlan) -> str:

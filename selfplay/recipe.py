@@ -24,6 +24,8 @@ from selfplay.recipe_pairs import BestVsWorstRecipe, PairsRecipe, TopKVsBottomKR
 from selfplay.recipe_train import TrainRecipe, reads
 from selfplay.recipe_values import PerRound, Section, Share, TopP, at_round, rounds_that_differ
 
+DEFAULT_CANARIES = 4  # prompts; each is shown with four canaries
+READING_KINDS = ("llm", "api")  # judges that can be talked into a verdict
 POINTWISE_KINDS = ("verifier", "rouge_l", "similarity", "coin")  # their scores are no win rates
 Temperature = Annotated[float, Field(ge=0, le=2)]  # engines refuse more
 
@@ -138,6 +140,15 @@ class EvaluateRecipe(Section):
     judge: JudgeRecipe | None = None
 
 
+class AuditRecipe(Section):
+    """The judge's audit of a round. `canaries` is on how many prompts the judge is also shown completions that must lose
+    (canaries.py); by default DEFAULT_CANARIES where a model judges what it reads (kinds llm and api), else 0: a rule can't be
+    talked into anything, some rules pass such texts by design, and what a program of the user costs is not known.
+    """
+
+    canaries: NonNegativeInt | None = None
+
+
 class Recipe(Section):
     model: str
     rounds: PositiveInt = 3
@@ -150,6 +161,7 @@ class Recipe(Section):
     pairs: PairsRecipe = BestVsWorstRecipe()
     train: TrainRecipe = TrainRecipe()
     evaluate: EvaluateRecipe = EvaluateRecipe()
+    audit: AuditRecipe = AuditRecipe()
 
     @field_validator("model")
     @classmethod
@@ -163,6 +175,10 @@ class Recipe(Section):
         pairs = self.pairs
         if not pairs.reads_scores and self.judge is not None:
             raise ValueError(f"pairs.kind {pairs.kind} reads no scores: remove the judge (evaluate.judge is fine)")
+        if not pairs.reads_scores and self.audit.canaries:
+            raise ValueError(
+                f"audit.canaries: pairs.kind {pairs.kind} has no judge that could be shown any; leave it out"
+            )
         counts, k = self.generator.num_completions, pairs.k if isinstance(pairs, TopKVsBottomKRecipe) else 0
         for round in range(rounds_that_differ(counts, k)):
             count, least = at_round(counts, round), pairs.min_completions
@@ -200,6 +216,14 @@ class Recipe(Section):
             raise RecipeError(
                 f"judge: missing; pairs.kind {self.pairs.kind} reads scores. Add a judge, or use gold_vs_completion"
             )
+
+    @property
+    def num_canaries(self) -> int:
+        """On how many prompts of a round canaries are judged by the recipe's own judge."""
+        if self.judge is None:
+            return 0
+        default = DEFAULT_CANARIES if self.judge.kind in READING_KINDS else 0
+        return default if self.audit.canaries is None else self.audit.canaries
 
     @property
     def heldout_judge(self) -> JudgeRecipe | None:

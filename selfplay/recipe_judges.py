@@ -32,6 +32,11 @@ class VerifierRecipe(Section):
 DRAWN = {"temperature": 0.7, "top_p": 0.9, "max_tokens": 256}  # how a judge's texts are drawn
 
 
+# How a model's verdict is had: read from free text, from the probabilities of the template's labels, or from text that can
+# be nothing but a verdict.
+VerdictWay = Literal["parse", "labels", "constrained"]
+
+
 class LLMJudgeRecipe(Section):
     """A model reads the completion. `model: policy` is the current policy, on the engine that is already loaded. `template` is
     a file or a shipped name: additive, yes_no, pairwise_helpfulness, correctness, safety. `verdict: labels` draws no text, and
@@ -42,7 +47,7 @@ class LLMJudgeRecipe(Section):
     model: str = "policy"
     template: str = "additive"
     system_prompt: str | None = None
-    verdict: Literal["parse", "labels"] = "parse"
+    verdict: VerdictWay = "parse"
     num_verdicts: PositiveInt = 1
     temperature: NonNegativeFloat | None = None
     top_p: TopP | None = None
@@ -59,6 +64,15 @@ class LLMJudgeRecipe(Section):
         if given := [key for key in DRAWN if data.get(key) is not None]:
             raise ValueError(f"{', '.join(given)}: verdict: labels draws no text. Remove it, or say verdict: parse")
         return data
+
+
+def _check_drawn(judge: Section, verdict: VerdictWay) -> None:
+    """ValueError for a key that says how verdicts are drawn where none are."""
+    if verdict != "labels":
+        return
+    for name in ("temperature", "top_p", "max_tokens"):
+        if dict(judge)[name] != type(judge).model_fields[name].default:
+            raise ValueError(f"verdict: labels draws nothing, so {name} changes nothing: leave it out")
 
 
 def _base_url(url: str) -> str:
@@ -93,7 +107,9 @@ class ApiJudgeRecipe(Section):
     """A model behind an OpenAI-compatible chat endpoint reads the completion. The key is in the environment variable that
     `api_key_env` names; without one none is sent. Times are seconds; `timeout` is for one call, `deadline` for all that one
     stage asks: the judging of a round, of a panel, or of a panel's greedy completions. `send_seed: false` is for servers that
-    refuse the field. Prices are per million tokens, in any currency.
+    refuse the field. Prices are per million tokens, in any currency. `verdict: labels` reads the `top_logprobs` most probable
+    first tokens; `constraint` says in which field of a request `verdict: constrained` stands: OpenAI's response_format, or
+    vLLM's structured_outputs.
     """
 
     kind: Literal["api"]
@@ -102,6 +118,9 @@ class ApiJudgeRecipe(Section):
     api_key_env: Annotated[str, Field(pattern=r"^[A-Z_][A-Z0-9_]*$")] | None = None
     template: str = "additive"
     system_prompt: str | None = None
+    verdict: VerdictWay = "parse"
+    constraint: Literal["response_format", "structured_outputs"] = "response_format"
+    top_logprobs: Annotated[int, Field(ge=2, le=20)] = 20
     num_verdicts: PositiveInt = 1
     temperature: NonNegativeFloat = 0.7
     top_p: TopP = 0.9
@@ -119,6 +138,14 @@ class ApiJudgeRecipe(Section):
     def _prices(self) -> "ApiJudgeRecipe":
         if (self.prompt_price is None) != (self.completion_price is None):
             raise ValueError("give both prompt_price and completion_price, or neither")
+        return self
+
+    @model_validator(mode="after")
+    def _read_by_verdict(self) -> "ApiJudgeRecipe":
+        _check_drawn(self, self.verdict)
+        for name, way in (("constraint", "constrained"), ("top_logprobs", "labels")):
+            if self.verdict != way and dict(self)[name] != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is read with verdict: {way} alone: leave it out")
         return self
 
 

@@ -69,6 +69,10 @@ def print_run(run: Path, figures: Mapping[str, Any], console: Console) -> None:
             cost = "" if asked["cost"] is None else f", cost {number(asked['cost'], 4)}"
             console.print(f"the panel of the initial policy: {asked['num_calls']} calls{cost}")
         for row in audited:
+            if row["audit"].get("canaries"):  # rounds from before there were canaries have none
+                console.print(
+                    Text(f"round {row['round']}, canaries that lost: {canary_line(row['audit']['canaries'])}")
+                )
             print_alarms(row, console)
     print_table("seconds of each stage", seconds_table(figures), console)
     for row in figures["rounds"]:
@@ -199,15 +203,30 @@ def filter_line(count: Mapping[str, Any]) -> str:
 
 
 def audit_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """A row per finished round; the figures of audit.py."""
-    columns = ("parsed", "ties", "swap agrees", "at the top", "score~length", "chosen longer", "calls", "cost")
+    """A row per finished round; the figures of audit.py. `canaries` is the share of them that lost."""
+    keys = {
+        "parsed": "parse_rate",
+        "ties": "tie_rate",
+        "swap agrees": "swap_consistency",
+        "self agrees": "self_agreement",
+        "at top": "ceiling_share",
+        "score~length": "length_correlation",
+        "chosen longer": "chosen_longer",
+        "canaries": "canary_loss_rate",
+    }
+    columns = (*keys, "calls", "cost")
     table = _table("round", *columns)
     for row in rows:
         found, usage = row["audit"], row["judge_usage"] or {}
-        keys = ("parse_rate", "tie_rate", "swap_consistency", "ceiling_share", "length_correlation", "chosen_longer")
-        figures = [number(found[key]) for key in keys]
+        figures = [number(found.get(key)) for key in keys.values()]  # rounds from before a figure existed have none
         table.add_row(str(row["round"]), *figures, str(usage.get("num_calls", "-")), number(usage.get("cost"), 4))
     return table
+
+
+def canary_line(table: Mapping[str, Mapping[str, int]]) -> str:
+    """Of each kind of canary how many lost, of those that have a verdict."""
+    judged = {kind: sum(row.values()) - row["num_unjudged"] for kind, row in table.items()}
+    return ", ".join(f"{kind} {row['num_lost']} of {judged[kind]}" for kind, row in table.items())
 
 
 def print_alarms(row: Mapping[str, Any], console: Console) -> None:

@@ -44,6 +44,7 @@ class Run:
     programs: Programs  # what the recipe's filters name as programs of the user
     panel: Panel
     report: Reporter
+    num_canaries: int = 0  # prompts of a round that the judge sees canaries of
 
     def round(self, index: int) -> "Round":
         return Round(self, index)
@@ -173,7 +174,9 @@ def start_run(recipe: Recipe, folder: Path, *, own: OwnParts, allow_code: bool, 
         store.rewrite(folder / "recipe.yaml", dump_recipe(recipe).encode())
     heldout = pool.heldout[: recipe.evaluate.num_prompts]
     panel = Panel(recipe, heldout, panel_judge, report)
-    return Run(folder, recipe, initial, reference, chat, pool, judge, selector, filters, programs, panel, report)
+    # what a judge of the user's own would make of canaries nobody knows, so it sees those alone that are asked for
+    count = recipe.num_canaries if own.judge is None else recipe.audit.canaries or 0
+    return Run(folder, recipe, initial, reference, chat, pool, judge, selector, filters, programs, panel, report, count)
 
 
 def note_drops(pool: PromptPool, report: Reporter) -> None:
@@ -215,11 +218,12 @@ def _same_recipe(recipe: Recipe, folder: Path) -> Recipe:
         }
     )
     # run.json tells a moved model or data set from another one; the rest changes no result
-    free = ["description", "model", "prompts.source", "prompts.heldout", "prompts.heldout.source", "train.save_steps"]
+    free = ["description", "model", "prompts.source", "prompts.heldout", "prompts.heldout.source", "chat.chat_template"]
     free += [
-        "chat.chat_template",
+        "train.save_steps",
+        "audit.canaries",
         "pairs.max_unparsed",
-    ]  # the last is a gate before pairs are made; no record depends on it
+    ]  # the last only stops a round before pairs are made
     free += [f"{section}.{key}" for section in ("judge", "evaluate.judge") for key in (*API_CONDUCT, *JUDGE_PLACES)]
     if old.train.reference_path is not None and new.train.reference_path is not None:
         free.append("train.reference")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from selfplay import store
+from selfplay.canaries import Canary, CanaryVerdict, verdicts_on
 from selfplay.errors import GeneratorError, NoPairsError, StorageError
 from selfplay.filters import FilterCounts, NamedFilter, apply_filters
 from selfplay.generators.generator import EngineGenerator
@@ -33,6 +34,7 @@ from selfplay.recipe_values import at_round
 from selfplay.types import Drop, Group, Judgement, PreferencePair, Prompt, Sampling
 
 SHARD_PROMPTS = 256
+CANARIES = "verdicts.jsonl"
 
 
 @contextlib.contextmanager
@@ -151,6 +153,22 @@ def judge_groups(
                 raise StorageError(f"{path}: holds the judgements of other prompts; delete it to judge anew")
             judgements += found
     return judgements
+
+
+def judge_canaries(
+    judge: Judge, canaries: Sequence[Canary], context: JudgeContext, folder: Path, report: Reporter, name: str
+) -> None:
+    """The judge's verdicts on canaries, in verdicts.jsonl of `folder`; see canaries.py. Nothing where there are none."""
+    path = folder / CANARIES
+    if canaries and not path.exists():
+        judged = judge_groups(judge, [one.group for one in canaries], context, folder / "judgements", report, name)
+        store.write_json_lines(path, [asdict(verdict) for verdict in verdicts_on(canaries, judged)])
+
+
+def read_canaries(folder: Path) -> list[CanaryVerdict]:
+    """What `judge_canaries` left in a folder; rounds without canaries have none."""
+    path = folder / CANARIES
+    return [CanaryVerdict(**row) for row in store.read_json_lines(path)] if path.exists() else []
 
 
 def _verdicts_of(judge: Judge, groups: Sequence[Group]) -> int | None:

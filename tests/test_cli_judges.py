@@ -216,7 +216,11 @@ def test_validate_tells_of_a_key_variable_that_is_not_set(
         ({"prompt_price": 1.0}, "both prompt_price and completion_price"),
         ({"requests_per_minute": 0.0}, "judge.requests_per_minute"),
         ({"timeout": 0.0}, "judge.timeout"),
-        ({"verdict": "labels"}, "judge.verdict: unknown key"),
+        ({"verdict": "guessed"}, "judge.verdict"),
+        ({"verdict": "labels", "temperature": 0.1}, "labels draws nothing, so temperature changes nothing"),
+        ({"constraint": "structured_outputs"}, "constraint is read with verdict: constrained alone"),
+        ({"top_logprobs": 5}, "top_logprobs is read with verdict: labels alone"),
+        ({"verdict": "labels", "top_logprobs": 21}, "judge.top_logprobs"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -239,7 +243,8 @@ def test_a_round_judged_by_an_endpoint_tells_its_audit_and_its_cost(
 
     with Server(longer) as server:
         judge = api(server.url, prompt_price=1.0, completion_price=1.0)
-        recipe = write_recipe(tmp_path, tiny, rounds=1, judge=judge, evaluate={"judge": {"kind": "coin"}})
+        coin, none = {"judge": {"kind": "coin"}}, {"canaries": 0}
+        recipe = write_recipe(tmp_path, tiny, rounds=1, judge=judge, evaluate=coin, audit=none)
         out = tmp_path / "run"
         run(capsys, "iterate", recipe, "--out", out)
         asked = len(server.asked)

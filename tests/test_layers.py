@@ -40,6 +40,8 @@ ORDER = (
     "train/",
     "evaluate",
     "agreement",
+    "self_agreement",
+    "canaries",
     "audit",
     "stages",
     "panel",

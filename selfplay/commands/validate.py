@@ -2,7 +2,7 @@
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -111,13 +111,13 @@ def _check_judge(key: str, judge: JudgeRecipe, *, allow_code: bool) -> None:
     if isinstance(judge, VerifierRecipe):
         validate_checks(judge.checks, f"{key}.checks")
     elif isinstance(judge, LLMJudgeRecipe):
-        _check_questions(key, judge, judge.verdict)
+        _check_questions(key, judge)
         if judge.model != "policy":
             _check_model(f"{key}.model", judge.model)
     elif isinstance(judge, SimilarityRecipe):
         _check_model(f"{key}.model", judge.model)
     elif isinstance(judge, ApiJudgeRecipe):
-        _check_questions(key, judge, "parse")
+        _check_questions(key, judge)
         read_key(judge)
         if find_spec("openai") is None:
             raise RecipeError(f'{key}.kind api needs the package openai: pip install "selfplay-dpo[api]"')
@@ -127,10 +127,11 @@ def _check_judge(key: str, judge: JudgeRecipe, *, allow_code: bool) -> None:
             load_python_judge(judge.target, Path(), allow_code=True)
 
 
-def _check_questions(key: str, judge: LLMJudgeRecipe | ApiJudgeRecipe, verdict: Literal["parse", "labels"]) -> None:
+def _check_questions(key: str, judge: LLMJudgeRecipe | ApiJudgeRecipe) -> None:
     try:
         template = load_template(judge.template, Path())
-        questions = Questions(template, judge.num_verdicts, judge.system_prompt)
-        check_asked(questions, verdict=verdict, temperature=judge.temperature or 0.0)
+        constrained = judge.verdict == "constrained"
+        questions = Questions(template, judge.num_verdicts, judge.system_prompt, constrained)
+        check_asked(questions, verdict=judge.verdict, temperature=judge.temperature or 0.0)
     except RecipeError as error:
         raise RecipeError(f"{key}: {error}") from error

@@ -14,18 +14,23 @@ from selfplay.types import Sampling
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One completion to draw. `seed` is this request's own; `sampling.seed` and `sampling.num_completions` are not read."""
+    """One completion to draw. `seed` is this request's own; `sampling.seed` and `sampling.num_completions` are not read.
+
+    Where there are `choices`, the completion is one of these texts and then a stop token; max_tokens may still cut it.
+    """
 
     id: str
     prompt_token_ids: tuple[int, ...]
     seed: int
     sampling: Sampling
+    choices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
     """What became of a request: the sampled ids with the stop token among them, and one raw logp (nats, temperature 1,
-    no truncation) per id. `stop_reason` is the id of the stop token or the stop string, None where max_tokens cut.
+    no truncation) per id. `stop_reason` is the id of the stop token or the stop string, None where max_tokens cut. vLLM
+    gives the logps of a request with choices among what the choices allow, for it masks the logits before it looks at them.
     """
 
     id: str
@@ -114,7 +119,7 @@ def request_to_json(request: Request) -> dict[str, Any]:
 def request_from_json(row: Mapping[str, Any]) -> Request:
     sampling = dict(row["sampling"])
     sampling["stop"] = tuple(sampling["stop"])
-    return Request(row["id"], tuple(row["prompt_token_ids"]), row["seed"], Sampling(**sampling))
+    return Request(row["id"], tuple(row["prompt_token_ids"]), row["seed"], Sampling(**sampling), tuple(row["choices"]))
 
 
 def result_from_json(row: Mapping[str, Any]) -> Result:

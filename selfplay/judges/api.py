@@ -15,14 +15,17 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from selfplay import store
 from selfplay.errors import JudgeError
+from selfplay.judges.choices import response_format
 from selfplay.judges.endpoint import CallError, Endpoint, EndpointSettings, NoReplyError
 from selfplay.judges.journal import USAGE, Journal, Reply
 from selfplay.judges.lift import run_async
-from selfplay.judges.questions import Place, Questions, check_readable
+from selfplay.judges.questions import Place, Questions, check_asked
 from selfplay.judges.template import JudgeTemplate
+from selfplay.judges.top_logps import score_from_top
 from selfplay.judges.verdicts import Verdict
 from selfplay.protocols import JudgeContext
 from selfplay.recipe_judges import ApiJudgeRecipe
@@ -65,22 +68,38 @@ class ApiJudge:
     def __init__(
         self, template: JudgeTemplate, recipe: ApiJudgeRecipe, key: str | None = None, *, pause: float = 1.0
     ) -> None:
-        """`pause` is the first pause between tries, in seconds. RecipeError where verdicts could not be read from text."""
-        self.questions = Questions(template, recipe.num_verdicts, recipe.system_prompt)
-        check_readable(self.questions, recipe.temperature)
+        """`pause` is the first pause between tries, in seconds. RecipeError where template and verdict don't fit."""
+        constrained = recipe.verdict == "constrained"
+        self.questions = Questions(template, recipe.num_verdicts, recipe.system_prompt, constrained)
+        check_asked(self.questions, verdict=recipe.verdict, temperature=recipe.temperature)
         self.recipe = recipe
         shared = {name: value for name, value in recipe if name in EndpointSettings.__dataclass_fields__}
-        self._settings = EndpointSettings(**shared, pause=pause)
+        self._settings = EndpointSettings(**(shared | self._asked_by_verdict()), pause=pause)
         self._key = key
         self._journal: Journal | None = None
         self._start_stage()
+
+    def _asked_by_verdict(self) -> dict[str, Any]:
+        """The settings of a call that depend on how a verdict is read."""
+        if self.recipe.verdict == "labels":
+            extra = {"logprobs": True, "top_logprobs": self.recipe.top_logprobs}
+            return {"extra": extra, "max_tokens": 1, "temperature": 0.0, "top_p": 1.0}
+        choices = self.questions.choices
+        if self.recipe.verdict == "parse":
+            return {}
+        if self.recipe.constraint == "response_format":
+            return {"extra": {"response_format": response_format(choices)}}
+        return {"extra": {"structured_outputs": {"choice": list(choices)}}}
 
     @property
     def identity(self) -> str:
         """Endpoint, model, template, parser version and how verdicts are drawn."""
         r = self.recipe
         sampling = Sampling(temperature=r.temperature, top_p=r.top_p, max_tokens=r.max_tokens)
-        how = self.questions.drawn(sampling) + ("" if r.send_seed else " unseeded")
+        how = f"labels top{r.top_logprobs}" if r.verdict == "labels" else self.questions.drawn(sampling)
+        if r.verdict == "constrained":
+            how += f" {r.constraint}"
+        how += "" if r.send_seed else " unseeded"
         return f"api:{r.base_url} {r.model} {self.questions.identity(how)}"
 
     @contextmanager
@@ -144,9 +163,15 @@ class ApiJudge:
         return self.questions.judgements(groups, verdicts)
 
     def _verdict(self, said: Sequence[Reply | CallError]) -> Verdict:
-        texts = [(reply.text, reply.cut) for reply in said if isinstance(reply, Reply)]
+        replies = [reply for reply in said if isinstance(reply, Reply)]
         failed = [str(reply) for reply in said if isinstance(reply, CallError)]
-        return self.questions.read(texts) if texts else Verdict(None, failed[0])
+        if not replies:
+            return Verdict(None, failed[0])
+        if self.recipe.verdict == "labels":
+            head = self.questions.template.head
+            assert head.labels is not None  # checked in __init__
+            return score_from_top(replies[0].top, head.labels, head.min_label_mass)
+        return self.questions.read([(reply.text, reply.cut) for reply in replies])
 
     async def _ask_all(
         self, journal: Journal, calls: Sequence[tuple[Place, tuple[Message, ...], int]], tick: Callable[[], None]

@@ -73,6 +73,13 @@ def _check_notes(judgement: Judgement, where: str) -> tuple[str, ...]:
     return (*notes, *[""] * (len(judgement.scores) - len(notes)))
 
 
+def _check_verdicts(judgement: Judgement, where: str) -> tuple[tuple[float | None, ...], ...]:
+    rows = judgement.verdicts
+    if not isinstance(rows, tuple | list) or not all(isinstance(row, tuple | list) for row in rows):
+        raise JudgeError(f"{where}: `verdicts` must be a tuple of tuples, one per question; found {rows!r}.")
+    return tuple(tuple(as_score(value, f"{where}, question {n}") for value in row) for n, row in enumerate(rows))
+
+
 def _check_one(group: Group, judgement: object, judge_identity: str) -> Judgement:
     where = f"judge {judge_identity}, prompt {group.prompt.id}"
     if not isinstance(judgement, Judgement):
@@ -93,7 +100,8 @@ def _check_one(group: Group, judgement: object, judge_identity: str) -> Judgemen
     compared, flipped = judgement.num_compared, judgement.num_flipped
     if not (isinstance(compared, int) and isinstance(flipped, int) and 0 <= flipped <= compared):
         raise JudgeError(f"{where}: num_compared {compared!r} and num_flipped {flipped!r} are no such counts.")
-    return replace(judgement, scores=scores, notes=_check_notes(judgement, where))
+    notes, verdicts = _check_notes(judgement, where), _check_verdicts(judgement, where)
+    return replace(judgement, scores=scores, notes=notes, verdicts=verdicts)
 
 
 def check_judgements(groups: Sequence[Group], judgements: object, judge_identity: str) -> list[Judgement]:

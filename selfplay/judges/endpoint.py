@@ -17,8 +17,8 @@ import asyncio
 import email.utils
 import random
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
@@ -38,7 +38,9 @@ HOPELESS = {401: "it refuses the key", 402: "it wants to be paid", 403: "it forb
 
 @dataclass(frozen=True, slots=True)
 class EndpointSettings:
-    """Where and how a model is asked. `pause` is the first of the growing pauses between tries; times are seconds."""
+    """Where and how a model is asked. `pause` is the first of the growing pauses between tries; times are seconds. `extra`
+    are further fields of a request; with `logprobs` among them a reply without any is no reply.
+    """
 
     base_url: str
     model: str
@@ -51,6 +53,7 @@ class EndpointSettings:
     max_retries: int = 5
     timeout: float = 120.0
     pause: float = 1.0
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 class CallError(Exception):
@@ -91,9 +94,23 @@ class _Message(BaseModel):
     content: str | None = None
 
 
+class _Top(BaseModel):
+    token: str
+    logprob: float
+
+
+class _Token(BaseModel):
+    top_logprobs: list[_Top] = Field(min_length=1)
+
+
+class _Logprobs(BaseModel):
+    content: list[_Token] = Field(min_length=1)
+
+
 class _Choice(BaseModel):
     message: _Message
     finish_reason: str | None = None
+    logprobs: Any = None  # read only where they were asked for
 
 
 class _Body(BaseModel):
@@ -167,6 +184,7 @@ class Endpoint:
                     temperature=settings.temperature,
                     top_p=settings.top_p,
                     seed=seed if settings.send_seed else openai.omit,
+                    extra_body=dict(settings.extra) or None,
                 )
                 body = raw.http_response.content
         except (TimeoutError, openai.APITimeoutError):
@@ -201,8 +219,19 @@ class Endpoint:
             shown = self._clean(body[:MAX_SAID].decode(errors="replace"))
             raise CallError(f"the server's body holds no completion\n{shown!r}") from None
         choice = found.choices[0]
-        counts = [_tokens(found.usage, name) for name in ("prompt_tokens", "completion_tokens")]
-        return Reply(self._clean(choice.message.content or ""), choice.finish_reason == "length", *counts)
+        prompt, completion = (_tokens(found.usage, name) for name in ("prompt_tokens", "completion_tokens"))
+        said = self._clean(choice.message.content or "")
+        return Reply(said, choice.finish_reason == "length", prompt, completion, self._top(choice.logprobs))
+
+    def _top(self, logprobs: Any) -> tuple[tuple[str, float], ...]:
+        """The most probable first tokens, where they were asked for."""
+        if "logprobs" not in self.settings.extra:
+            return ()
+        try:
+            first = _Logprobs.model_validate(logprobs).content[0]
+        except ValidationError:
+            raise CallError("the server gives no log-probabilities; take another judge.verdict than labels") from None
+        return tuple((self._clean(one.token), one.logprob) for one in first.top_logprobs)
 
     def _clean(self, text: str) -> str:
         """What a server says, without the key that it was given."""

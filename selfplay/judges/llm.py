@@ -1,5 +1,5 @@
 """A model as a judge: asked in words about every completion, or every two of them, its verdict read from its text or from
-label probabilities.
+label probabilities, or drawn from a few texts alone.
 
 Self-Rewarding Language Models (arXiv:2401.10020): the policy itself judges, several verdicts are drawn, and the score
 is the mean of those that can be read. With `model="policy"` the judge asks the policy's engine, which is loaded
@@ -61,7 +61,8 @@ class LLMJudge:
     beating another one (see lift.py).
 
     `verdict="parse"`: `num_verdicts` texts are drawn at `temperature` and `top_p`, up to `max_tokens` each; the verdict
-    is the mean of those that can be read, None where none can. `verdict="labels"`: nothing is drawn; the verdict is the
+    is the mean of those that can be read, None where none can. `verdict="constrained"`: the same, but the engine draws
+    nothing else than the verdict's choices (choices.py). `verdict="labels"`: nothing is drawn; the verdict is the
     expected value sum_i p_i v_i over the template's labels, p renormalised over them.
 
     `model` is "policy" (then `context.generator` is asked) or the digest of another model, which `generator_factory`
@@ -73,7 +74,7 @@ class LLMJudge:
         self,
         template: JudgeTemplate,
         *,
-        verdict: Literal["parse", "labels"] = "parse",
+        verdict: Literal["parse", "labels", "constrained"] = "parse",
         num_verdicts: int = 1,
         temperature: float = 0.7,
         top_p: float = 0.9,
@@ -86,7 +87,7 @@ class LLMJudge:
             raise RecipeError(
                 "judge.model: the policy judges on its own engine; any other model needs a generator_factory."
             )
-        self.questions = Questions(template, num_verdicts, system_prompt)
+        self.questions = Questions(template, num_verdicts, system_prompt, verdict == "constrained")
         check_asked(self.questions, verdict=verdict, temperature=temperature)
         self.verdict = verdict
         self.sampling = Sampling(temperature=temperature, top_p=top_p, max_tokens=max_tokens)
@@ -176,8 +177,9 @@ class LLMJudge:
         tell: Callable[[int, int], None],
     ) -> dict[Place, Verdict]:
         count = self.questions.num_verdicts
+        choices = tuple(self.questions.choices)
         requests = [
-            Request(_id(place, n), ids, self.questions.seed(groups, place, n, seed), self.sampling)
+            Request(_id(place, n), ids, self.questions.seed(groups, place, n, seed), self.sampling, choices)
             for place, ids in asked.items()
             for n in range(count)
         ]
