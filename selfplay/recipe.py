@@ -22,7 +22,7 @@ from selfplay.recipe_pairs import BestVsWorstRecipe, PairsRecipe, TopKVsBottomKR
 from selfplay.recipe_train import TrainRecipe, reads
 from selfplay.recipe_values import PerRound, Section, Share, TopP, at_round, rounds_that_differ
 
-POINTWISE_KINDS = ("verifier", "rouge_l", "coin")  # their scores lie in [0, 1] and are no win rates
+POINTWISE_KINDS = ("verifier", "rouge_l", "reward_model", "coin")  # their scores are no win rates
 Temperature = Annotated[float, Field(ge=0, le=2)]  # engines refuse more
 
 

@@ -14,6 +14,7 @@ from pydantic import (
     model_validator,
 )
 
+from selfplay.recipe_reward import RewardModelRecipe
 from selfplay.recipe_values import Section, TopP
 
 
@@ -136,6 +137,12 @@ class CoinRecipe(Section):
 
 
 JudgeRecipe = Annotated[
-    VerifierRecipe | LLMJudgeRecipe | ApiJudgeRecipe | PythonJudgeRecipe | RougeLRecipe | CoinRecipe,
+    VerifierRecipe
+    | LLMJudgeRecipe
+    | ApiJudgeRecipe
+    | RewardModelRecipe
+    | PythonJudgeRecipe
+    | RougeLRecipe
+    | CoinRecipe,
     Field(discriminator="kind"),
 ]

@@ -199,7 +199,8 @@ def finish_round(round: Round) -> None:
                 "num_pairs_of_earlier_rounds": sum(p.origin_round < round.index for p in selection.pairs),
                 "num_pairs_too_long": training["num_too_long"],
             },
-            "audit": audit(groups, judged if round.run.judge is not None else None, selection.pairs),
+            "audit": audit(groups, judged if round.run.judge is not None else None, selection.pairs)
+            | {"calibration": round.run.calibration},
             "judge_usage": usage_of(folder / "judgements"),
             "train": training,
             "seconds": store.read_json(folder / "seconds.json"),

@@ -24,7 +24,9 @@ from selfplay.protocols import Judge, PairFilter, PairSelector
 from selfplay.recipe import Recipe
 from selfplay.recipe_file import check_recipe, differences, dump_recipe, parse_yaml
 from selfplay.recipe_judges import API_CONDUCT
+from selfplay.recipe_reward import REWARD_CONDUCT
 from selfplay.train.settings import require_optimizer
+from selfplay.trust import require_trust
 from selfplay.types import PreferencePair, Prompt, derive_seed
 
 
@@ -44,6 +46,7 @@ class Run:
     programs: Programs  # what the recipe's filters name as programs of the user
     panel: Panel
     report: Reporter
+    calibration: dict[str, Any] | None = None  # the judge on its calibration file, where the recipe names one
 
     def round(self, index: int) -> "Round":
         return Round(self, index)
@@ -153,6 +156,9 @@ def start_run(recipe: Recipe, folder: Path, *, own: OwnParts, allow_code: bool, 
             report.note(
                 "panel: no scores, for each policy would mark its own work; name another judge in evaluate.judge"
             )
+    # before anything is written that would bind the folder to this judge
+    calibration = None if own.judge is not None else require_trust("judge", recipe, judge, folder, report)
+    require_trust("evaluate.judge", recipe, panel_judge, folder, report)
     identity = {
         "model": store.weights_digest(initial),
         "chat": hashlib.sha256(chat.template_digest_text.encode()).hexdigest(),
@@ -169,7 +175,9 @@ def start_run(recipe: Recipe, folder: Path, *, own: OwnParts, allow_code: bool, 
         store.rewrite(folder / "recipe.yaml", dump_recipe(recipe).encode())
     heldout = pool.heldout[: recipe.evaluate.num_prompts]
     panel = Panel(recipe, heldout, panel_judge, report)
-    return Run(folder, recipe, initial, reference, chat, pool, judge, selector, filters, programs, panel, report)
+    return Run(
+        folder, recipe, initial, reference, chat, pool, judge, selector, filters, programs, panel, report, calibration
+    )
 
 
 def _require_gold(prompts: Sequence[Prompt], kind: str) -> None:
@@ -215,7 +223,7 @@ def _same_recipe(recipe: Recipe, folder: Path) -> Recipe:
     )
     # run.json tells a moved model or data set from another one; the rest changes no result
     free = ["description", "model", "prompts.source", "prompts.heldout", "train.save_steps"]
-    free += [f"{section}.{key}" for section in ("judge", "evaluate.judge") for key in API_CONDUCT]
+    free += [f"{section}.{key}" for section in ("judge", "evaluate.judge") for key in (*API_CONDUCT, *REWARD_CONDUCT)]
     if old.train.reference_path is not None and new.train.reference_path is not None:
         free.append("train.reference")
     changed = [d for d in differences(old, new) if d.partition(":")[0] not in free]

@@ -15,7 +15,9 @@ from selfplay.recipe import Recipe
 from selfplay.recipe_file import load_recipe
 from selfplay.recipe_filters import PythonFilterRecipe
 from selfplay.recipe_judges import ApiJudgeRecipe, JudgeRecipe, LLMJudgeRecipe, PythonJudgeRecipe, VerifierRecipe
+from selfplay.recipe_reward import RewardModelRecipe
 from selfplay.report import safe_text
+from selfplay.trust import check_reward_models
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
@@ -52,6 +54,7 @@ def check(recipe: Recipe) -> None:
     for key, judge in (("judge", recipe.judge), ("evaluate.judge", recipe.evaluate.judge)):
         if judge is not None:
             _check_judge(key, judge)
+    check_reward_models(recipe)
     for index, one in enumerate(recipe.pairs.filters):
         if isinstance(one, PythonFilterRecipe):
             _check_target(f"pairs.filters.{index}", one.target)
@@ -84,6 +87,8 @@ def _check_judge(key: str, judge: JudgeRecipe) -> None:
         read_key(judge)
     elif isinstance(judge, PythonJudgeRecipe):
         _check_target(key, judge.target)
+    elif isinstance(judge, RewardModelRecipe) and judge.calibration is not None:
+        _check_source(f"{key}.calibration", judge.calibration)
 
 
 def _check_target(key: str, target: str) -> None:

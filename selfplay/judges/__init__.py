@@ -1,5 +1,5 @@
 """Judges: verifier (rules), llm (a model reads), api (a model behind an endpoint reads), python (the user's own), rouge_l
-(likeness to gold), coin (the control). See `make_judge`.
+(likeness to gold), reward_model (a classifier scores), coin (the control). See `make_judge`.
 """
 
 from collections.abc import Callable
@@ -16,6 +16,7 @@ from selfplay.recipe_judges import (
     PythonJudgeRecipe,
     RougeLRecipe,
 )
+from selfplay.recipe_reward import RewardModelRecipe
 
 
 def make_judge(
@@ -38,6 +39,10 @@ def make_judge(
         return _llm_judge(recipe, open_model)
     if isinstance(recipe, ApiJudgeRecipe):
         return _api_judge(recipe)
+    if isinstance(recipe, RewardModelRecipe):
+        from selfplay.judges.reward_model import open_reward_model
+
+        return open_reward_model(recipe)
     from selfplay.judges.verifier import Verifier
 
     return Verifier(tuple(recipe.checks), score=recipe.score, truncated_fails=recipe.truncated_fails)
