@@ -35,14 +35,14 @@ def known_accuracy(folder: Path) -> dict[str, Any] | None:
     try:
         figures: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         low, high = figures["accuracy_interval"]
-        known = 0 <= low <= figures["accuracy"] <= high <= 1
+        shares = 0 <= low <= high <= 1 and 0 <= figures["accuracy"] <= 1
         weights = figures["weights"]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{path}: not what selfplay train-reward writes ({error!r}); remove it, or make it anew"
         ) from error
-    if not known:
-        raise DataError(f"{path}: its accuracy is no share inside its interval; remove the file, or make it anew")
+    if not shares:
+        raise DataError(f"{path}: its accuracy or its interval are no shares; remove the file, or make it anew")
     if weights != store.weights_digest(folder):
         raise DataError(f"{path}: these figures are of other weights than those beside them; remove the file")
     return figures

@@ -51,6 +51,7 @@ ORDER = (
     "single",
     "calibrate",
     "single_train",
+    "train_reward",
     "report",
     "plan",
     "gguf",
