@@ -381,3 +381,17 @@ def test_raw_rewards_are_no_win_rates(tiny: Path, tmp_path: Path) -> None:
     path = write_recipe(tmp_path, tiny, judge=judge, pairs={"kind": "win_rates", "win_rate_from": "scores"})
     with pytest.raises(RecipeError, match="are no win rates"):
         load_recipe(path)
+
+
+def test_the_files_of_a_reward_model_are_copied_with_the_recipe(tiny: Path, tmp_path: Path) -> None:
+    from selfplay.commands.recipes import files_of
+    from selfplay.recipe_file import load_recipe
+
+    for name in ("template.jinja", "labelled.jsonl"):
+        (tmp_path / name).write_text("x")
+    path = recipe_with(tmp_path, tiny, model=str(tiny), chat_template="template.jinja", calibration="labelled.jsonl")
+    assert {file.name for file in files_of(load_recipe(path), tmp_path)} == {
+        "prompts.jsonl",
+        "template.jinja",
+        "labelled.jsonl",
+    }
