@@ -26,6 +26,7 @@ from selfplay.recipe_train import LoraRecipe
 from selfplay.recipe_values import at_round
 from selfplay.report import print_table
 from selfplay.train.settings import KEPT_CHECKPOINTS, STATE_BYTES, TrainSettings, settings_at
+from selfplay.trust import check_reward_models
 
 BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2}
 # One sampled token on disk: its id, its logp with 17 digits, about 4 characters of text; pairs repeat ids and text.
@@ -76,6 +77,7 @@ def make_plan(recipe: Recipe, out: Path) -> Plan:
     _ = recipe.prompts.needed_source
     recipe.check_judged()
     recipe.check_win_rates()
+    check_reward_models(recipe)
     recipe = _with_generator(recipe)
     pool = load_pool(recipe.prompts, seed=recipe.seed)
     for index in range(recipe.rounds):

@@ -26,7 +26,7 @@ from selfplay.recipe_values import PerRound, Section, Share, TopP, at_round, rou
 
 DEFAULT_CANARIES = 4  # prompts; each is shown with four canaries
 READING_KINDS = ("llm", "api")  # judges that can be talked into a verdict
-POINTWISE_KINDS = ("verifier", "rouge_l", "similarity", "coin")  # their scores are no win rates
+POINTWISE_KINDS = ("verifier", "rouge_l", "similarity", "reward_model", "coin")  # their scores are no win rates
 Temperature = Annotated[float, Field(ge=0, le=2)]  # engines refuse more
 
 

@@ -14,6 +14,7 @@ from selfplay.recipe import HELDOUT_TAGS, HeldoutRecipe, Recipe, resolve_path
 from selfplay.recipe_filters import FilterRecipe, PythonFilterRecipe
 from selfplay.recipe_judges import ApiJudgeRecipe, JudgeRecipe, LLMJudgeRecipe, PythonJudgeRecipe, SimilarityRecipe
 from selfplay.recipe_pairs import PairsRecipe
+from selfplay.recipe_reward import RewardModelRecipe
 from selfplay.recipe_train import REFERENCE_KINDS
 
 TAGS = {"one value", "per round", *HELDOUT_TAGS}
@@ -245,7 +246,18 @@ def _absolute_judge(judge: Any, folder: Path) -> Any:
         return judge.model_copy(update={"model": resolve_path(judge.model, folder)})
     if isinstance(judge, ApiJudgeRecipe):
         return judge.model_copy(update={"template": resolve_path(judge.template, folder)})
+    if isinstance(judge, RewardModelRecipe):
+        return _absolute_reward_model(judge, folder)
     return judge
+
+
+def _absolute_reward_model(judge: RewardModelRecipe, folder: Path) -> RewardModelRecipe:
+    update: dict[str, Any] = {"model": resolve_path(judge.model, folder)}
+    if judge.chat_template is not None and names_template_file(judge.chat_template):
+        update["chat_template"] = str((folder / judge.chat_template).resolve())
+    if judge.calibration is not None:
+        update["calibration"] = resolve_path(judge.calibration, folder)
+    return judge.model_copy(update=update)
 
 
 def _absolute_filter(one: FilterRecipe, folder: Path) -> FilterRecipe:

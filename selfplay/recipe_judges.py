@@ -14,6 +14,7 @@ from pydantic import (
     model_validator,
 )
 
+from selfplay.recipe_reward import RewardModelRecipe
 from selfplay.recipe_values import Section, TopP
 
 
@@ -199,6 +200,13 @@ class CoinRecipe(Section):
 
 
 JudgeRecipe = Annotated[
-    VerifierRecipe | LLMJudgeRecipe | ApiJudgeRecipe | PythonJudgeRecipe | RougeLRecipe | SimilarityRecipe | CoinRecipe,
+    VerifierRecipe
+    | LLMJudgeRecipe
+    | ApiJudgeRecipe
+    | RewardModelRecipe
+    | PythonJudgeRecipe
+    | RougeLRecipe
+    | SimilarityRecipe
+    | CoinRecipe,
     Field(discriminator="kind"),
 ]

@@ -74,6 +74,10 @@ def print_run(run: Path, figures: Mapping[str, Any], console: Console) -> None:
                     Text(f"round {row['round']}, canaries that lost: {canary_line(row['audit']['canaries'])}")
                 )
             print_alarms(row, console)
+        calibrated = audited[-1]["audit"].get("calibration")  # rounds from before there was one have none
+        if calibrated is not None:
+            figures_of = f"{number(calibrated['accuracy'])} {interval(calibrated['accuracy_interval'])}"
+            console.print(Text(f"judge on {calibrated['pairs']}: accuracy {figures_of}"), soft_wrap=True)
     print_table("seconds of each stage", seconds_table(figures), console)
     for row in figures["rounds"]:
         if row["state"] != "done":

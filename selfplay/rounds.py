@@ -225,7 +225,8 @@ def finish_round(round: Round) -> None:
                 judged if round.run.judge is not None else None,
                 selection.pairs,
                 read_canaries(folder / "canaries"),
-            ),
+            )
+            | {"calibration": round.run.calibration},
             "judge_usage": usage_of(
                 folder / "judgements", folder / "canaries" / "judgements", *panel_judgements(folder)
             ),

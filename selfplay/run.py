@@ -24,7 +24,9 @@ from selfplay.recipe import Recipe
 from selfplay.recipe_file import check_recipe, differences, dump_recipe, parse_yaml
 from selfplay.recipe_filters import PythonFilterRecipe
 from selfplay.recipe_judges import API_CONDUCT, JUDGE_PLACES
+from selfplay.recipe_reward import REWARD_CONDUCT
 from selfplay.train.settings import require_optimizer
+from selfplay.trust import require_trust
 from selfplay.types import PreferencePair, derive_seed
 
 
@@ -45,6 +47,7 @@ class Run:
     panel: Panel
     report: Reporter
     num_canaries: int = 0  # prompts of a round that the judge sees canaries of
+    calibration: dict[str, Any] | None = None  # the judge on its calibration file, where the recipe names one
 
     def round(self, index: int) -> "Round":
         return Round(self, index)
@@ -154,6 +157,9 @@ def start_run(recipe: Recipe, folder: Path, *, own: OwnParts, allow_code: bool, 
             report.note(
                 "panel: no scores, for each policy would mark its own work; name another judge in evaluate.judge"
             )
+    # before anything is written that would bind the folder to this judge
+    calibration = None if own.judge is not None else require_trust("judge", recipe, judge, folder, report)
+    require_trust("evaluate.judge", recipe, panel_judge, folder, report)
     identity = {
         "model": store.weights_digest(initial),
         "chat": hashlib.sha256(chat.template_digest_text.encode()).hexdigest(),
@@ -176,7 +182,8 @@ def start_run(recipe: Recipe, folder: Path, *, own: OwnParts, allow_code: bool, 
     panel = Panel(recipe, heldout, panel_judge, report)
     # what a judge of the user's own would make of canaries nobody knows, so it sees those alone that are asked for
     count = recipe.num_canaries if own.judge is None else recipe.audit.canaries or 0
-    return Run(folder, recipe, initial, reference, chat, pool, judge, selector, filters, programs, panel, report, count)
+    parts = (judge, selector, filters, programs, panel, report)
+    return Run(folder, recipe, initial, reference, chat, pool, *parts, count, calibration)
 
 
 def note_drops(pool: PromptPool, report: Reporter) -> None:
@@ -224,7 +231,11 @@ def _same_recipe(recipe: Recipe, folder: Path) -> Recipe:
         "audit.canaries",
         "pairs.max_unparsed",
     ]  # the last only stops a round before pairs are made
-    free += [f"{section}.{key}" for section in ("judge", "evaluate.judge") for key in (*API_CONDUCT, *JUDGE_PLACES)]
+    free += [
+        f"{section}.{key}"
+        for section in ("judge", "evaluate.judge")
+        for key in (*API_CONDUCT, *REWARD_CONDUCT, *JUDGE_PLACES)
+    ]
     if old.train.reference_path is not None and new.train.reference_path is not None:
         free.append("train.reference")
     changed = [d for d in differences(_without_targets(old), _without_targets(new)) if d.partition(":")[0] not in free]

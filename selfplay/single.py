@@ -27,6 +27,7 @@ from selfplay.recipe import Recipe
 from selfplay.recipe_judges import JudgeRecipe, LLMJudgeRecipe
 from selfplay.run import note_drops, report_swept
 from selfplay.stages import judge_groups, make_pairs, room_for_judge, sample_groups, sampling_at, shards
+from selfplay.trust import require_trust
 from selfplay.types import Group, Judgement, PreferencePair, derive_seed
 
 IDENTITY = "stage.json"
@@ -126,8 +127,11 @@ def judge_here(
     round: int,
     allow_code: bool,
     report: Reporter,
+    trusted: bool = False,
 ) -> list[Judgement]:
-    """The judge's scores of groups, as shards in `out`; `inputs` says whose work that folder holds."""
+    """The judge's scores of groups, as shards in `out`; `inputs` says whose work that folder holds. A reward model that isn't
+    shown to beat a coin is refused, unless it is `trusted`.
+    """
     if recipe.judge is None:
         raise RecipeError("judge: the recipe has none")
     asked = open_judge(recipe, recipe.judge, allow_code=allow_code)
@@ -137,8 +141,11 @@ def judge_here(
     identity = inputs | {"judge": asked.identity, "model": None}
     seed = derive_seed(recipe.seed, round, "judge")
     if not own or model is None:
-        with claimed(out, identity, report), room_for_judge(asked, None):
-            return judge_groups(asked, groups, JudgeContext(round, seed), out, report, f"round {round}, judging")
+        with claimed(out, identity, report):
+            if not trusted:
+                require_trust("judge", recipe, asked, out, report)
+            with room_for_judge(asked, None):
+                return judge_groups(asked, groups, JudgeContext(round, seed), out, report, f"round {round}, judging")
     recipe, folder = resolve_auto(recipe), local_model(model)
     identity["model"] = store.weights_digest(folder)
     chat, engine_seed = load_chat(str(folder), recipe.chat), derive_seed(recipe.seed, round, "engine")

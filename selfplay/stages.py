@@ -18,6 +18,7 @@ from selfplay.generators.generator import EngineGenerator
 from selfplay.judges.contract import check_unparsed, judge_checked
 from selfplay.judges.journal import USAGE
 from selfplay.judges.llm import LLMJudge
+from selfplay.judges.reward_model import RewardModelJudge
 from selfplay.pairs import Selection, select_pairs
 from selfplay.progress import Advance, Reporter
 from selfplay.protocols import (
@@ -198,7 +199,7 @@ def panel_judgements(folder: Path) -> list[Path]:
 @contextlib.contextmanager
 def room_for_judge(judge: Judge | None, generator: Generator | None) -> Iterator[None]:
     """Where the judge has a model of its own, gives it the machine: the policy's engine is freed before, the judge's after."""
-    if isinstance(judge, LLMJudge) and judge.model != "policy":
+    if isinstance(judge, RewardModelJudge) or (isinstance(judge, LLMJudge) and judge.model != "policy"):
         if isinstance(generator, EngineGenerator):
             generator.close()
         with judge:

@@ -10,9 +10,9 @@ from scripted_run import write_recipe
 from scripted_server import Act, Asked, Server, http, says
 
 from selfplay import store
-from selfplay.calibrate import calibration, chosen_place, labelled_group
 from selfplay.cli import main
 from selfplay.errors import RecipeError
+from selfplay.labelled import calibration, chosen_place, labelled_group
 from selfplay.preferences import Labelled, read_labelled
 from selfplay.recipe_file import check_recipe
 from selfplay.types import Completion, Group, Judgement, Message, Prompt, prompt_id

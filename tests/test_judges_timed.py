@@ -52,10 +52,10 @@ def broken(prompt, completion):
 
 @pytest.fixture
 def file(tmp_path: Path) -> Iterator[Path]:
-    path = tmp_path / "my_judges.py"
+    path = tmp_path / "slow_judges.py"
     path.write_text(FILE)
     yield path
-    for module in [m for name, m in sys.modules.items() if name.startswith("selfplay_user_my_judges")]:
+    for module in [m for name, m in sys.modules.items() if name.startswith("selfplay_user_slow_judges")]:
         vars(module)["free"].set()
 
 
@@ -91,7 +91,7 @@ def test_finished_shards_are_kept_and_the_same_files_are_gone_on_from(
     with pytest.raises(JudgeError, match="p3"):
         judge_groups(judge, groups, JudgeContext(), out, SILENT, "judging")
     assert [path.name for path in stages.shards(out)] == ["00000.jsonl"]
-    (module,) = [m for name, m in sys.modules.items() if name.startswith("selfplay_user_my_judges")]
+    (module,) = [m for name, m in sys.modules.items() if name.startswith("selfplay_user_slow_judges")]
     vars(module)["free"].set()
     vars(module)["asked"].clear()
     found = judge_groups(judge, groups, JudgeContext(), out, SILENT, "judging")

@@ -27,8 +27,10 @@ from selfplay.recipe_judges import (
     SimilarityRecipe,
     VerifierRecipe,
 )
+from selfplay.recipe_reward import RewardModelRecipe
 from selfplay.report import safe_text
 from selfplay.targets import check_target
+from selfplay.trust import check_reward_models
 
 
 def validate_command(
@@ -73,6 +75,7 @@ def check(recipe: Recipe, *, allow_code: bool = False) -> None:
     for key, judge in (("judge", recipe.judge), ("evaluate.judge", recipe.evaluate.judge)):
         if judge is not None:
             _check_judge(key, judge, allow_code=allow_code)
+    check_reward_models(recipe)
     for index, one in enumerate(recipe.pairs.filters):
         if isinstance(one, PythonFilterRecipe):
             check_target(one.target, f"pairs.filters.{index}.target")
@@ -125,6 +128,8 @@ def _check_judge(key: str, judge: JudgeRecipe, *, allow_code: bool) -> None:
         check_target(judge.target, f"{key}.target")
         if allow_code:
             load_python_judge(judge.target, Path(), allow_code=True)
+    elif isinstance(judge, RewardModelRecipe) and judge.calibration is not None:
+        _check_source(f"{key}.calibration", judge.calibration)
 
 
 def _check_questions(key: str, judge: LLMJudgeRecipe | ApiJudgeRecipe) -> None:

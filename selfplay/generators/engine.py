@@ -50,9 +50,10 @@ class EngineSettings:
     `data_parallel_size` replicas. `max_batch_size` is the number of sequences at once; None is the engine's default.
     `adapter` is the folder of a LoRA adapter on `model`, `adapter_rank` its largest rank.
     `stop_token_ids` end a completion; nothing else that a model folder says about sampling is used.
+    The kind "reward_model" samples nothing: it is a Scorer, which alone reads `device`.
     """
 
-    kind: Literal["vllm", "transformers"]
+    kind: Literal["vllm", "transformers", "reward_model"]
     model: str
     adapter: str | None = None
     adapter_rank: int = 0
@@ -65,6 +66,7 @@ class EngineSettings:
     engine_args: Mapping[str, Any] = field(default_factory=dict)
     stop_token_ids: tuple[int, ...] = ()
     seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
 class Engine(Protocol):
@@ -86,6 +88,25 @@ class Engine(Protocol):
     def close(self) -> None:
         """Frees what the engine holds. Calling it twice is fine."""
         ...
+
+
+class Scorer(Protocol):
+    def rewards(self, sequences: Sequence[tuple[int, ...]], max_batch_tokens: int) -> Iterator[tuple[int, float]]:
+        """The place of each sequence and its reward, in any order. A batch holds at most `max_batch_tokens`, padding
+        counted, or a single sequence.
+        """
+        ...
+
+    def close(self) -> None:
+        """Frees what the scorer holds. Calling it twice is fine."""
+        ...
+
+
+def start_scorer(settings: EngineSettings) -> Scorer:
+    """A reward model in this process, its weights loaded."""
+    from selfplay.generators.reward_model import RewardModelScorer
+
+    return RewardModelScorer(settings)
 
 
 def start_engine(settings: EngineSettings) -> Engine:

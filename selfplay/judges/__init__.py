@@ -1,5 +1,5 @@
-"""Judges: verifier (rules), llm (a model reads), api (a model behind an endpoint reads), python (the user's own), rouge_l and
-similarity (likeness to gold), coin (the control). See `make_judge`.
+"""Judges: verifier (rules), llm (a model reads), api (a model behind an endpoint reads), python (the user's own), reward_model
+(a classifier scores), rouge_l and similarity (likeness to gold), coin (the control). See `make_judge`.
 """
 
 from collections.abc import Callable
@@ -18,6 +18,7 @@ from selfplay.recipe_judges import (
     RougeLRecipe,
     SimilarityRecipe,
 )
+from selfplay.recipe_reward import RewardModelRecipe
 
 
 def make_judge(
@@ -46,6 +47,10 @@ def make_judge(
         return _llm_judge(recipe, open_model)
     if isinstance(recipe, ApiJudgeRecipe):
         return _api_judge(recipe)
+    if isinstance(recipe, RewardModelRecipe):
+        from selfplay.judges.reward_model import open_reward_model
+
+        return open_reward_model(recipe)
     from selfplay.judges.verifier import Verifier
 
     checks = tuple(recipe.checks)
