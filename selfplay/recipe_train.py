@@ -83,7 +83,10 @@ class TrainRecipe(Section):
     warmup_steps: PerRound[NonNegativeFloat] = 0.0
     max_grad_norm: PositiveFloat = 1.0
     max_length: PositiveInt | None = None
-    max_pack_tokens: PositiveInt = 2048
+    # tokens of one forward: auto is measured once in a run on a GPU, and 2048 on a CPU (train/budget.py)
+    max_pack_tokens: PositiveInt | Literal["auto"] = "auto"
+    # tokens of one row of it; null: all of them, but 2048 where the model's attention costs the square of a row
+    max_pack_length: PositiveInt | None = None
     bf16: bool | Literal["auto"] = "auto"
     gradient_checkpointing: bool = False
     lora: LoraRecipe | None = None

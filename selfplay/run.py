@@ -27,6 +27,8 @@ from selfplay.recipe_judges import API_CONDUCT
 from selfplay.train.settings import require_optimizer
 from selfplay.types import PreferencePair, Prompt, derive_seed
 
+MACHINE_S_CHOICE = ("bf16", "max_pack_tokens")  # fields of `train` whose auto a run answers once
+
 
 @dataclass(frozen=True, slots=True)
 class Run:
@@ -203,14 +205,13 @@ def _same_recipe(recipe: Recipe, folder: Path) -> Recipe:
     if not (folder / "recipe.yaml").exists():
         return resolve_auto(recipe)
     old = _read_recipe(folder)
+    kept = {name: getattr(old.train, name) for name in MACHINE_S_CHOICE if getattr(recipe.train, name) == "auto"}
     new = recipe.model_copy(
         update={
             "generator": recipe.generator.model_copy(update={"kind": old.generator.kind})
             if recipe.generator.kind == "auto"
             else recipe.generator,
-            "train": recipe.train.model_copy(update={"bf16": old.train.bf16})
-            if recipe.train.bf16 == "auto"
-            else recipe.train,
+            "train": recipe.train.model_copy(update=kept),
         }
     )
     # run.json tells a moved model or data set from another one; the rest changes no result

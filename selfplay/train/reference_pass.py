@@ -33,6 +33,7 @@ def find_reference(
     module: TokenLogps,
     masters: Masters,
     *,
+    max_pack_tokens: int,
     shared: bool,
     device: torch.device,
     progress: Callable[[str, int, int], None],
@@ -69,7 +70,8 @@ def find_reference(
             frozen,
             scored,
             cut,
-            max_pack_tokens=settings.max_pack_tokens,
+            max_pack_tokens=max_pack_tokens,
+            max_pack_length=settings.max_pack_length,
             shared=shared,
             device=device,
             progress=lambda done: progress("reference", done, len(scored)),
@@ -151,6 +153,7 @@ def score_rows(
     steps: Sequence[Sequence[int]],
     *,
     max_pack_tokens: int,
+    max_pack_length: int | None = None,
     shared: bool,
     device: torch.device,
     progress: Callable[[int], None] = lambda done: None,
@@ -165,7 +168,9 @@ def score_rows(
     assert sorted(i for step in steps for i in step) == list(range(len(rows)))
     done = 0
     for step in steps:
-        for pack in build_packs(rows, step, max_pack_tokens=max_pack_tokens, shared=shared):
+        for pack in build_packs(
+            rows, step, max_pack_tokens=max_pack_tokens, shared=shared, max_pack_length=max_pack_length
+        ):
             pack = pack.to(device)
             sum_S = pack.sum_per_sequence(module(pack)).cpu()
             index_B = torch.tensor(pack.pair_B)

@@ -37,7 +37,8 @@ class TrainSettings:
     warmup_steps: float
     max_grad_norm: float
     max_length: int | None
-    max_pack_tokens: int
+    max_pack_tokens: int | None  # None: measured once, and kept in a file of the run
+    max_pack_length: int | None  # None: as long as the model's attention allows
     bf16: bool
     gradient_checkpointing: bool
     lora: dict[str, Any] | None  # recipe_train.LoraRecipe; None trains all weights
@@ -58,6 +59,7 @@ class TrainJob:
     the policy before its first step is the reference; with `ref_model_mixup_alpha` it is the reference of the round before,
     into which the policy is mixed. `groups` are shards of what the policy sampled, for the audit; none where nothing was.
 
+    `pack_budget` is the file that keeps what `max_pack_tokens: auto` became; without one it is kept in `out`.
     `first_step` and `total_steps` place the job in a schedule that spans the run; None where it spans this job.
     """
 
@@ -71,6 +73,7 @@ class TrainJob:
     groups: tuple[str, ...] = ()
     optimizer_state: str | None = None
     keep_optimizer_state: bool = False
+    pack_budget: str | None = None
     first_step: int = 0
     total_steps: int | None = None
     chat_template: str | None = None
@@ -89,6 +92,7 @@ def settings_at(recipe: TrainRecipe, round: int, *, bf16: bool) -> TrainSettings
     values: dict[str, Any] = {name: at_round(getattr(recipe, name), round) for name in TrainSettings.__slots__}
     names = recipe.losses
     values |= {"loss_type": names, "loss_weights": recipe.loss_weights or [1.0] * len(names), "bf16": bf16}
+    values["max_pack_tokens"] = None if recipe.max_pack_tokens == "auto" else recipe.max_pack_tokens
     values["lora"] = recipe.lora.model_dump() if recipe.lora is not None else None
     values["lr_scheduler_kwargs"] = recipe.lr_scheduler_kwargs.given()
     return TrainSettings(**values)
