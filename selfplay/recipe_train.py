@@ -43,13 +43,15 @@ def reads(names: Sequence[str]) -> frozenset[str]:
 
 class LoraRecipe(Section):
     """A LoRA adapter in place of full weights, under peft's names. There is no dropout: the policy must equal its reference
-    before the first step.
+    before the first step. `load_in_4bit` is QLoRA: the base that it is trained on holds 4-bit weights (nf4, double
+    quantization), and the policy is the adapter on these.
     """
 
     r: PositiveInt = 16
     lora_alpha: PositiveInt = 32
     target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
     use_rslora: bool = False
+    load_in_4bit: bool = False
 
 
 class TrainRecipe(Section):

@@ -24,7 +24,8 @@ from selfplay.protocols import Judge, PairFilter, PairSelector
 from selfplay.recipe import Recipe
 from selfplay.recipe_file import check_recipe, differences, dump_recipe, parse_yaml
 from selfplay.recipe_judges import API_CONDUCT
-from selfplay.train.settings import require_optimizer
+from selfplay.train.four_bit import playable
+from selfplay.train.settings import require_bitsandbytes
 from selfplay.types import PreferencePair, Prompt, derive_seed
 
 MACHINE_S_CHOICE = ("bf16", "max_pack_tokens")  # fields of `train` whose auto a run answers once
@@ -120,7 +121,7 @@ def start_run(recipe: Recipe, folder: Path, *, own: OwnParts, allow_code: bool, 
     selector, filters = own.selector, own.named_filters()
     if judge is None and selector is None:
         recipe.check_judged()
-    require_optimizer(recipe.train)
+    require_bitsandbytes(recipe.train)
     if selector is None:
         recipe.check_win_rates()
     recipe = _same_recipe(recipe, folder)
@@ -167,6 +168,7 @@ def start_run(recipe: Recipe, folder: Path, *, own: OwnParts, allow_code: bool, 
     if reference is not None:
         identity["reference"] = store.weights_digest(reference)
     _same_identity(identity, folder)
+    initial = playable(initial, folder, recipe.train)
     if not (folder / "recipe.yaml").exists() or _read_recipe(folder).rounds != recipe.rounds:
         store.rewrite(folder / "recipe.yaml", dump_recipe(recipe).encode())
     heldout = pool.heldout[: recipe.evaluate.num_prompts]

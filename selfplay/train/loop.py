@@ -82,7 +82,12 @@ def _prepare(
 
     settings, device = job.settings, default_device()
     accelerator = Accelerator(cpu=device.type == "cpu")
-    model = load_model(job.policy, lora=settings.lora, gradient_checkpointing=settings.gradient_checkpointing)
+    model = load_model(
+        job.policy,
+        lora=settings.lora,
+        load_in_4bit=settings.load_in_4bit,
+        gradient_checkpointing=settings.gradient_checkpointing,
+    )
     model = model.to(device)
     if found is None:
         result["shared_prompts"], result["probe_difference"] = probe(model, device)

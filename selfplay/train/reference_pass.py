@@ -82,7 +82,7 @@ def find_reference(
     elif is_policy:
         sums_CB = score(module, rows, steps, shared)
     else:
-        other, shares = _load_other(folder, module, device)
+        other, shares = _load_other(folder, module, device, load_in_4bit=settings.load_in_4bit)
         sums_CB = score(other, rows, steps, shares)
     reference = ReferenceLogps(sums_CB[0], sums_CB[1], tolerance)
     reference.save(path, identity)
@@ -111,9 +111,11 @@ def reference_folder(job: TrainJob, masters: Masters) -> Path:
     return folder
 
 
-def _load_other(folder: Path, module: TokenLogps, device: torch.device) -> tuple[TokenLogps, bool]:
+def _load_other(
+    folder: Path, module: TokenLogps, device: torch.device, *, load_in_4bit: bool
+) -> tuple[TokenLogps, bool]:
     """Another model than the policy, in the policy's dtype, and whether it takes shared prompts."""
-    other = load_model(str(folder)).to(device)
+    other = load_model(str(folder), load_in_4bit=load_in_4bit).to(device)
     sizes = [m.config.get_text_config().vocab_size for m in (module.model, other)]
     if sizes[0] != sizes[1]:
         raise DataError(

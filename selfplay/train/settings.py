@@ -48,6 +48,11 @@ class TrainSettings:
     max_audit_difference: float
 
     @property
+    def load_in_4bit(self) -> bool:
+        """Whether the base of an adapter is loaded as 4-bit weights."""
+        return self.lora is not None and bool(self.lora["load_in_4bit"])
+
+    @property
     def loss_numbers(self) -> dict[str, float | None]:
         """What losses.total_loss hands to the losses."""
         return {"beta": self.beta, "label_smoothing": self.label_smoothing, "simpo_gamma": self.simpo_gamma}
@@ -98,10 +103,16 @@ def settings_at(recipe: TrainRecipe, round: int, *, bf16: bool) -> TrainSettings
     return TrainSettings(**values)
 
 
-def require_optimizer(recipe: TrainRecipe) -> None:
-    """RecipeError where the recipe's optimizer isn't installed: asked at the start of a run, not when training begins."""
-    if recipe.optim == "adamw_bnb_8bit" and importlib.util.find_spec("bitsandbytes") is None:
-        raise RecipeError(
-            "train.optim adamw_bnb_8bit needs bitsandbytes, which is not installed: "
-            'pip install "selfplay-dpo[bnb]", or take adamw_torch'
-        )
+def require_bitsandbytes(recipe: TrainRecipe) -> None:
+    """RecipeError where the recipe needs bitsandbytes and it isn't installed: asked at the start of a run, not when training
+    begins.
+    """
+    wanted = {
+        "train.optim adamw_bnb_8bit": ("adamw_torch", recipe.optim == "adamw_bnb_8bit"),
+        "train.lora.load_in_4bit": ("load_in_4bit: false", recipe.lora is not None and recipe.lora.load_in_4bit),
+    }
+    for what, (instead, asked) in wanted.items():
+        if asked and importlib.util.find_spec("bitsandbytes") is None:
+            raise RecipeError(
+                f'{what} needs bitsandbytes, which is not installed: pip install "selfplay-dpo[bnb]", or take {instead}'
+            )
