@@ -18,6 +18,8 @@ from selfplay.cli import main
 from selfplay.errors import DataError, RecipeError
 from selfplay.generators.engine import EngineSettings, Request
 from selfplay.generators.transformers import TransformersEngine
+from selfplay.plan import make_plan, num_parameters
+from selfplay.recipe_file import load_recipe
 from selfplay.recipe_train import LoraRecipe, TrainRecipe
 from selfplay.train.four_bit import BASE, load_quantized, playable, write_base
 from selfplay.train.logps import TokenLogps
@@ -234,6 +236,14 @@ def test_a_base_in_bf16_has_the_values_that_training_computes_with(original: Pat
         cast_parameters(model, torch.bfloat16)
     assert (logps(held) - logps(plain)).abs().mean() < 2e-2
     assert json.loads((base / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_the_plan_counts_the_base_that_a_run_writes(original: Path, tmp_path: Path) -> None:
+    def needed(**lora: Any) -> int:
+        recipe = load_recipe(write_recipe(tmp_path, original, train={"bf16": False, "lora": {"r": 4, **lora}}))
+        return make_plan(recipe, tmp_path / "run").bytes_needed or 0
+
+    assert needed(load_in_4bit=True) - needed() == 4 * num_parameters(original)
 
 
 @pytest.mark.parametrize("change", ["gone", "changed"])
