@@ -25,6 +25,7 @@ from selfplay.recipe_judges import ApiJudgeRecipe, LLMJudgeRecipe
 from selfplay.recipe_train import LoraRecipe
 from selfplay.recipe_values import at_round
 from selfplay.report import print_table
+from selfplay.train.four_bit import BASE
 from selfplay.train.settings import KEPT_CHECKPOINTS, STATE_BYTES, TrainSettings, settings_at
 from selfplay.trust import check_reward_models
 
@@ -221,7 +222,16 @@ def _bytes_needed(recipe: Recipe, rounds: tuple[RoundPlan, ...], panel_tokens: i
         per_round += parameters * STATE_BYTES[recipe.train.optim]
     ema = parameters * 4 * sum(plan.index > 0 for plan in left) if recipe.train.reference == "ema" else 0
     tokens = sum(plan.tokens for plan in left) + (panel_tokens if left else 0)
-    return len(left) * per_round + ema + tokens * RECORD_BYTES_PER_TOKEN
+    base = 0
+    if (
+        left
+        and recipe.train.lora is not None
+        and recipe.train.lora.load_in_4bit
+        and (folder := find_model(recipe.model))
+    ):
+        # base-4bit, in the dtype that training computes in
+        base = num_parameters(folder) * (4 if recipe.train.bf16 is False else 2) * (not (out / BASE).exists())
+    return len(left) * per_round + ema + base + tokens * RECORD_BYTES_PER_TOKEN
 
 
 def _bytes_free(out: Path) -> int:

@@ -170,6 +170,7 @@ def train_job(round: Round) -> TrainJob:
         groups=tuple(str(path) for path in shards(round.folder / "groups")),
         optimizer_state=str(before.folder / "train" / "optimizer.safetensors") if carried and round.index else None,
         keep_optimizer_state=carried,
+        pack_budget=str(round.run.folder / "pack_budget.json"),
         first_step=first_step,
         total_steps=total_steps,
         chat_template=round.run.recipe.chat.chat_template and round.run.chat.tokenizer.chat_template,

@@ -25,9 +25,12 @@ from selfplay.recipe_file import check_recipe, differences, dump_recipe, parse_y
 from selfplay.recipe_filters import PythonFilterRecipe
 from selfplay.recipe_judges import API_CONDUCT, JUDGE_PLACES
 from selfplay.recipe_reward import REWARD_CONDUCT
-from selfplay.train.settings import require_optimizer
+from selfplay.train.four_bit import playable
+from selfplay.train.settings import require_bitsandbytes
 from selfplay.trust import require_trust
 from selfplay.types import PreferencePair, derive_seed
+
+MACHINE_S_CHOICE = ("bf16", "max_pack_tokens")  # fields of `train` whose auto a run answers once
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +126,7 @@ def start_run(recipe: Recipe, folder: Path, *, own: OwnParts, allow_code: bool, 
     selector, filters = own.selector, own.named_filters()
     if judge is None and selector is None:
         recipe.check_judged()
-    require_optimizer(recipe.train)
+    require_bitsandbytes(recipe.train)
     if selector is None:
         recipe.check_win_rates()
     recipe = _same_recipe(recipe, folder)
@@ -173,6 +176,7 @@ def start_run(recipe: Recipe, folder: Path, *, own: OwnParts, allow_code: bool, 
         identity["reference"] = store.weights_digest(reference)
     _same_identity(identity, folder)
     pool.record(folder)
+    initial = playable(initial, folder, recipe.train)
     old = _read_recipe(folder) if (folder / "recipe.yaml").exists() else None
     if old != recipe:
         for change in differences(old, recipe) if old is not None else ():
@@ -214,14 +218,13 @@ def _same_recipe(recipe: Recipe, folder: Path) -> Recipe:
     if not (folder / "recipe.yaml").exists():
         return resolve_auto(recipe)
     old = _read_recipe(folder)
+    kept = {name: getattr(old.train, name) for name in MACHINE_S_CHOICE if getattr(recipe.train, name) == "auto"}
     new = recipe.model_copy(
         update={
             "generator": recipe.generator.model_copy(update={"kind": old.generator.kind})
             if recipe.generator.kind == "auto"
             else recipe.generator,
-            "train": recipe.train.model_copy(update={"bf16": old.train.bf16})
-            if recipe.train.bf16 == "auto"
-            else recipe.train,
+            "train": recipe.train.model_copy(update=kept),
         }
     )
     # run.json tells a moved model or data set from another one; the rest changes no result

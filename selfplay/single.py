@@ -27,6 +27,7 @@ from selfplay.recipe import Recipe
 from selfplay.recipe_judges import JudgeRecipe, LLMJudgeRecipe
 from selfplay.run import note_drops, report_swept
 from selfplay.stages import judge_groups, make_pairs, room_for_judge, sample_groups, sampling_at, shards
+from selfplay.train.four_bit import playable
 from selfplay.trust import require_trust
 from selfplay.types import Group, Judgement, PreferencePair, derive_seed
 
@@ -88,14 +89,15 @@ def generate(recipe: Recipe, model: str, out: Path, *, round: int, report: Repor
         "generator": _engine(recipe),
         "gold": recipe.pairs.needs_gold,
     }
-    seed = derive_seed(recipe.seed, round, "engine")
-    with (
-        claimed(out, identity, report),
-        open_generator(recipe.generator, folder, chat, seed=seed, encode_gold=recipe.pairs.needs_gold) as generator,
-    ):
+    if recipe.train.lora is not None and recipe.train.lora.load_in_4bit:
+        identity["load_in_4bit"] = True
+    seed, gold = derive_seed(recipe.seed, round, "engine"), recipe.pairs.needs_gold
+    with claimed(out, identity, report):
         note_drops(pool, report)
         pool.record(out)
-        return sample_groups(generator, prompts, sampling, out, report, f"round {round}, sampling")
+        start = playable(folder, out, recipe.train)
+        with open_generator(recipe.generator, start, chat, seed=seed, encode_gold=gold) as generator:
+            return sample_groups(generator, prompts, sampling, out, report, f"round {round}, sampling")
 
 
 def _engine(recipe: Recipe) -> dict[str, Any]:
@@ -238,7 +240,7 @@ def evaluate(recipe: Recipe, model: str, out: Path, *, allow_code: bool, report:
     panel_judge = open_judge(recipe, asked, allow_code=allow_code) if asked is not None else None
     panel = Panel(recipe, prompts, panel_judge, report)
     digests = store.weights_digest(folder), store.weights_digest(initial)
-    identity = {
+    identity: dict[str, Any] = {
         "stage": "evaluate",
         "model": digests[0],
         "initial": digests[1],
@@ -251,9 +253,12 @@ def evaluate(recipe: Recipe, model: str, out: Path, *, allow_code: bool, report:
         "kl": recipe.evaluate.kl,
     }
     is_initial = digests[0] == digests[1]
+    if recipe.train.lora is not None and recipe.train.lora.load_in_4bit:
+        identity["load_in_4bit"] = True
     with claimed(out, identity, report):
         note_drops(pool, report)
         pool.record(out)
+        folder, initial = (playable(one, out, recipe.train) for one in (folder, initial))
         with open_generator(recipe.generator, folder, chat, seed=derive_seed(recipe.seed, 0, "engine")) as generator:
             index = -1 if is_initial else recipe.rounds - 1
             panel.sample(generator, out, round=index, between=False)

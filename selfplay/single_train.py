@@ -16,7 +16,7 @@ from selfplay.progress import Reporter
 from selfplay.recipe import Recipe
 from selfplay.recipe_train import reads
 from selfplay.single import claimed, read_shards, text_digest
-from selfplay.train.settings import TrainJob, require_optimizer, schedule_span, settings_at
+from selfplay.train.settings import TrainJob, require_bitsandbytes, schedule_span, settings_at
 from selfplay.types import Demonstration, Drop, PreferencePair, derive_seed
 
 
@@ -43,7 +43,7 @@ def train(recipe: Recipe, inputs: TrainInputs, out: Path, report: Reporter) -> d
     """What stands in train/result.json; `out` then holds policy/."""
     recipe = resolve_auto(recipe)
     _check_inputs(recipe, inputs)
-    require_optimizer(recipe.train)
+    require_bitsandbytes(recipe.train)
     folder = local_model(inputs.model)
     check_lora(folder, recipe.train.lora)
     chat = load_chat(str(folder), recipe.chat)
@@ -52,9 +52,11 @@ def train(recipe: Recipe, inputs: TrainInputs, out: Path, report: Reporter) -> d
         if (out / "policy").exists():
             store.remove_folder(out / "train" / "checkpoints")  # a kill may have come between the two
         else:
+            from selfplay.train.four_bit import playable
             from selfplay.train.launch import launch
 
-            launch(replace(job, pairs=str(_our_rows(recipe, inputs, chat, out, report))), report)
+            start = playable(folder, out, recipe.train)
+            launch(replace(job, policy=str(start), pairs=str(_our_rows(recipe, inputs, chat, out, report))), report)
         result: dict[str, Any] = store.read_json(out / "train" / "result.json")
     return result
 

@@ -15,6 +15,7 @@ import torch
 from selfplay import faults, store
 from selfplay.errors import RecipeError, Stopped
 from selfplay.recipe_train import reads
+from selfplay.train.budget import pack_tokens, with_pack_length
 from selfplay.train.checkpoint import Checkpoints, Due, Found
 from selfplay.train.logps import TokenLogps
 from selfplay.train.memory import in_smaller_packs
@@ -81,7 +82,12 @@ def _prepare(
 
     settings, device = job.settings, default_device()
     accelerator = Accelerator(cpu=device.type == "cpu")
-    model = load_model(job.policy, lora=settings.lora, gradient_checkpointing=settings.gradient_checkpointing)
+    model = load_model(
+        job.policy,
+        lora=settings.lora,
+        load_in_4bit=settings.load_in_4bit,
+        gradient_checkpointing=settings.gradient_checkpointing,
+    )
     model = model.to(device)
     if found is None:
         result["shared_prompts"], result["probe_difference"] = probe(model, device)
@@ -90,7 +96,15 @@ def _prepare(
     module = TokenLogps(model)
     if found is None:
         result |= audit_engine(module, _groups(job), bound=settings.max_audit_difference, device=device) or {}
-    cap = found.max_pack_tokens if found is not None else settings.max_pack_tokens
+    # what the recipe leaves to the model and the machine
+    settings = with_pack_length(settings, model)
+    job = replace(job, settings=settings)
+    if found is None:
+        budget = Path(job.pack_budget or Path(job.out) / "pack_budget.json")
+        cap = pack_tokens(budget, module, masters, settings, shared=shared, device=device)
+        result["max_pack_tokens"] = cap
+    else:
+        cap = found.max_pack_tokens
 
     def halved(smaller: int) -> None:
         nonlocal cap
@@ -99,8 +113,16 @@ def _prepare(
         progress.note(f"training: out of memory before the first step; from here on packs hold at most {cap} tokens")
 
     def score(max_pack_tokens: int) -> ReferenceLogps | None:
-        smaller = replace(job, settings=replace(settings, max_pack_tokens=max_pack_tokens))
-        return find_reference(smaller, pairs, module, masters, shared=shared, device=device, progress=progress)
+        return find_reference(
+            job,
+            pairs,
+            module,
+            masters,
+            max_pack_tokens=max_pack_tokens,
+            shared=shared,
+            device=device,
+            progress=progress,
+        )
 
     # before a checkpoint is loaded: the weights may themselves be the reference
     reference = in_smaller_packs(score, cap, halved=halved)

@@ -33,6 +33,7 @@ def find_reference(
     module: TokenLogps,
     masters: Masters,
     *,
+    max_pack_tokens: int,
     shared: bool,
     device: torch.device,
     progress: Callable[[str, int, int], None],
@@ -69,7 +70,8 @@ def find_reference(
             frozen,
             scored,
             cut,
-            max_pack_tokens=settings.max_pack_tokens,
+            max_pack_tokens=max_pack_tokens,
+            max_pack_length=settings.max_pack_length,
             shared=shared,
             device=device,
             progress=lambda done: progress("reference", done, len(scored)),
@@ -80,7 +82,7 @@ def find_reference(
     elif is_policy:
         sums_CB = score(module, rows, steps, shared)
     else:
-        other, shares = _load_other(folder, module, device)
+        other, shares = _load_other(folder, module, device, load_in_4bit=settings.load_in_4bit)
         sums_CB = score(other, rows, steps, shares)
     reference = ReferenceLogps(sums_CB[0], sums_CB[1], tolerance)
     reference.save(path, identity)
@@ -109,9 +111,11 @@ def reference_folder(job: TrainJob, masters: Masters) -> Path:
     return folder
 
 
-def _load_other(folder: Path, module: TokenLogps, device: torch.device) -> tuple[TokenLogps, bool]:
+def _load_other(
+    folder: Path, module: TokenLogps, device: torch.device, *, load_in_4bit: bool
+) -> tuple[TokenLogps, bool]:
     """Another model than the policy, in the policy's dtype, and whether it takes shared prompts."""
-    other = load_model(str(folder)).to(device)
+    other = load_model(str(folder), load_in_4bit=load_in_4bit).to(device)
     sizes = [m.config.get_text_config().vocab_size for m in (module.model, other)]
     if sizes[0] != sizes[1]:
         raise DataError(
@@ -151,6 +155,7 @@ def score_rows(
     steps: Sequence[Sequence[int]],
     *,
     max_pack_tokens: int,
+    max_pack_length: int | None = None,
     shared: bool,
     device: torch.device,
     progress: Callable[[int], None] = lambda done: None,
@@ -165,7 +170,9 @@ def score_rows(
     assert sorted(i for step in steps for i in step) == list(range(len(rows)))
     done = 0
     for step in steps:
-        for pack in build_packs(rows, step, max_pack_tokens=max_pack_tokens, shared=shared):
+        for pack in build_packs(
+            rows, step, max_pack_tokens=max_pack_tokens, shared=shared, max_pack_length=max_pack_length
+        ):
             pack = pack.to(device)
             sum_S = pack.sum_per_sequence(module(pack)).cpu()
             index_B = torch.tensor(pack.pair_B)

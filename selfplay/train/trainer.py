@@ -59,7 +59,8 @@ class Trainer:
         settings, device = self.settings, self.accelerator.device
         sums: dict[str, float] = {"loss": 0.0, "num_tokens": 0}
         seen = []
-        for pack in build_packs(pairs, indices, max_pack_tokens=self.max_pack_tokens, shared=self.shared):
+        cap, longest = self.max_pack_tokens, settings.max_pack_length
+        for pack in build_packs(pairs, indices, max_pack_tokens=cap, shared=self.shared, max_pack_length=longest):
             self.pack = pack = pack.to(device)
             faults.hit("train.pack")
             rates_2B = None if self.win_rates_2B is None else self.win_rates_2B[:, list(pack.pair_B)].to(device)

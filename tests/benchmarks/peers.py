@@ -117,6 +117,7 @@ def _our_trainer(model: str, work: Work, bf16: bool) -> tuple[Any, list[Preferen
     from accelerate import Accelerator
 
     from selfplay.recipe_train import TrainRecipe
+    from selfplay.train.budget import CPU_PACK_TOKENS
     from selfplay.train.logps import TokenLogps
     from selfplay.train.model import load_model
     from selfplay.train.optim import Masters, make_optimizer
@@ -148,7 +149,7 @@ def _our_trainer(model: str, work: Work, bf16: bool) -> tuple[Any, list[Preferen
         win_rates_2B=None,
         settings=settings,
         shared=True,
-        max_pack_tokens=settings.max_pack_tokens,
+        max_pack_tokens=CPU_PACK_TOKENS,
         halved=[],
         note=SILENT.note,
     )
@@ -159,7 +160,7 @@ def _our_reference(trainer: Any, pairs: list[PreferencePair], steps: list[list[i
     from selfplay.train.reference import ReferenceLogps
     from selfplay.train.reference_pass import score_rows
 
-    cap, cpu = trainer.settings.max_pack_tokens, torch.device("cpu")
+    cap, cpu = trainer.max_pack_tokens, torch.device("cpu")
     return ReferenceLogps(*score_rows(trainer.module, pairs, steps, max_pack_tokens=cap, shared=True, device=cpu))
 
 
