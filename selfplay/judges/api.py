@@ -176,22 +176,25 @@ class ApiJudge:
     async def _ask_all(
         self, journal: Journal, calls: Sequence[tuple[Place, tuple[Message, ...], int]], tick: Callable[[], None]
     ) -> list[Reply | CallError]:
-        """The reply of every call, or why there is none, in order. `tick` is called when one is there."""
+        """The reply of every call, or why there is none, in order; calls that are the same are asked once. `tick` is called
+        when one is there.
+        """
         try:
             async with (
                 asyncio.timeout(max(0.0, self._until - time.monotonic())),
                 Endpoint(self._settings, self._key, until=self._until) as endpoint,
             ):
-                work = [
-                    asyncio.ensure_future(_ticked(self._ask(journal, endpoint, messages, seed), tick))
-                    for _, messages, seed in calls
-                ]
+                asked = {
+                    question: asyncio.ensure_future(self._ask(journal, endpoint, *question))
+                    for question in dict.fromkeys((messages, seed) for _, messages, seed in calls)
+                }
+                work = [asyncio.ensure_future(_ticked(asked[messages, seed], tick)) for _, messages, seed in calls]
                 try:
                     found = await asyncio.gather(*work)
                 finally:
-                    for task in work:  # one may have failed for all
+                    for task in (*asked.values(), *work):  # one may have failed for all
                         task.cancel()
-                    await asyncio.gather(*work, return_exceptions=True)
+                    await asyncio.gather(*asked.values(), *work, return_exceptions=True)
                     self._num_retries += endpoint.num_retries
         except TimeoutError:
             raise self._down(f"judge.deadline, {self.recipe.deadline:g} s for a stage, has passed") from None
