@@ -229,16 +229,9 @@ def _same_recipe(recipe: Recipe, folder: Path) -> Recipe:
     )
     # run.json tells a moved model or data set from another one; the rest changes no result
     free = ["description", "model", "prompts.source", "prompts.heldout", "prompts.heldout.source", "chat.chat_template"]
-    free += [
-        "train.save_steps",
-        "audit.canaries",
-        "pairs.max_unparsed",
-    ]  # the last only stops a round before pairs are made
-    free += [
-        f"{section}.{key}"
-        for section in ("judge", "evaluate.judge")
-        for key in (*API_CONDUCT, *REWARD_CONDUCT, *JUDGE_PLACES)
-    ]
+    free += ["train.save_steps", "audit.canaries", "pairs.max_unparsed"]
+    conduct = (*API_CONDUCT, *REWARD_CONDUCT, *JUDGE_PLACES)
+    free += [f"{section}.{key}" for section in ("judge", "evaluate.judge") for key in conduct]
     if old.train.reference_path is not None and new.train.reference_path is not None:
         free.append("train.reference")
     changed = [d for d in differences(_without_targets(old), _without_targets(new)) if d.partition(":")[0] not in free]
