@@ -205,8 +205,10 @@ def test_a_round_tells_its_canaries_their_cost_and_how_far_the_judge_agrees_with
 
 
 def test_a_run_goes_on_with_another_number_of_canaries_and_judges_none_twice(runs: tuple[Path, Path]) -> None:
-    recipe = runs[1].parent / "recipe.yaml"
+    recipe, kept = runs[1].parent / "recipe.yaml", runs[1] / "round-000" / "canaries" / "verdicts.jsonl"
+    before = kept.read_bytes()
     ok("iterate", recipe, "--out", runs[1], "--set", "audit.canaries=1")  # the server is gone: asking would fail
+    assert kept.read_bytes() == before
 
 
 def test_the_dry_run_says_what_canaries_cost(tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:

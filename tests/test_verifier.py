@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from selfplay.errors import DataError
 from selfplay.judges.checks import COMBINED
 from selfplay.judges.checks.rules import RULES
-from selfplay.judges.counts import count_sentences, count_words, last_number
+from selfplay.judges.counts import ALWAYS_GO_ON, MAY_GO_ON, count_sentences, count_words, last_number
 from selfplay.judges.verifier import Verifier, kinds, on_topic, passes, validate_checks
 from selfplay.protocols import Judge, JudgeContext
 from selfplay.types import Completion, Group, Message, Prompt, prompt_id
@@ -31,7 +31,7 @@ EXAMPLES = {
     "all_of": {"kind": "all_of", "checks": [{"kind": "words", "min": 8}]},
     "any_of": {"kind": "any_of", "checks": [{"kind": "words", "min": 8}, {"kind": "case", "case": "upper"}]},
 }
-WORD = st.from_regex(r"[a-z]{2,9}", fullmatch=True).filter(lambda w: w not in ("mr", "st", "no", "co", "ca", "vs"))
+WORD = st.from_regex(r"[a-z]{2,9}", fullmatch=True).filter(lambda w: w not in ALWAYS_GO_ON | MAY_GO_ON)
 
 
 def group(*texts, checks=(), gold=None, finish_reason="stop"):
