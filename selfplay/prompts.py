@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from selfplay import store
 from selfplay.chat import Chat
 from selfplay.errors import DataError, RecipeError
 from selfplay.recipe import HeldoutRecipe, PromptsRecipe, Recipe
@@ -29,12 +28,15 @@ IFEVAL = ("instruction_id_list", "kwargs")
 
 @dataclass(frozen=True, slots=True)
 class PromptPool:
-    """All prompts of a data set: `train` in dealing order, `heldout` apart, and what was dropped, with reasons."""
+    """All prompts of a data set: `train` in dealing order, `heldout` apart, and what was dropped, with reasons. `name` is that
+    of the source, where a recipe has several.
+    """
 
     train: tuple[Prompt, ...]
     heldout: tuple[Prompt, ...]
     drops: tuple[Drop, ...]
     form: str
+    name: str = ""
 
     @property
     def num_rows(self) -> int:
@@ -56,12 +58,11 @@ class PromptPool:
             lines.append(f"{count} dropped: {reason}" + named * (reason == CONTRADICTION))
         return lines
 
-    def record(self, folder: Path) -> None:
-        """drops.jsonl, every dropped row with its reason, and prompts.json, the counts; left alone where they are there."""
-        if not (folder / "prompts.json").exists():
-            store.write_records(folder / "drops.jsonl", self.drops, Drop)
-            counts = {"num_rows": self.num_rows, "num_train": len(self.train), "num_heldout": len(self.heldout)}
-            store.write_json(folder / "prompts.json", counts | {"dropped": self.dropped})
+    @property
+    def counts(self) -> dict[str, Any]:
+        """Where the rows went."""
+        counts = {"num_rows": self.num_rows, "num_train": len(self.train), "num_heldout": len(self.heldout)}
+        return counts | {"dropped": self.dropped}
 
     @property
     def digest(self) -> str:
@@ -76,9 +77,12 @@ class PromptPool:
         count = at_round(recipe.num_prompts, round)
         start = sum(at_round(recipe.num_prompts, r) for r in range(round)) if recipe.deal == "disjoint" else 0
         if start + count > len(self.train):
+            where, lower = "prompts", "prompts.num_prompts"
+            if self.name:
+                where, lower = f"sources.{self.name}.prompts", "num_prompts, the source's weight"
             raise RecipeError(
-                f"prompts: round {round} needs prompts {start + 1} to {start + count}, but {recipe.needed_source} has "
-                f"{len(self.train)} for training. Lower prompts.num_prompts or rounds, or say deal: same"
+                f"{where}: round {round} needs prompts {start + 1} to {start + count}, but {recipe.needed_source} has "
+                f"{len(self.train)} for training. Lower {lower} or rounds, or say deal: same"
             )
         return self.train[start : start + count]
 
