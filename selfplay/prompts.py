@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 from selfplay.chat import Chat
 from selfplay.errors import DataError, RecipeError
-from selfplay.recipe import HeldoutRecipe, PromptsRecipe, Recipe
+from selfplay.recipe import Recipe
+from selfplay.recipe_prompts import HeldoutRecipe, PromptsRecipe
 from selfplay.recipe_values import at_round
 from selfplay.types import Drop, Message, Prompt, prompt_id
 

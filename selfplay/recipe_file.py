@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from selfplay.errors import RecipeError
-from selfplay.recipe import HELDOUT_TAGS, HeldoutRecipe, PromptsRecipe, Recipe, SourceRecipe, resolve_path
+from selfplay.recipe import Recipe, SourceRecipe, resolve_path
 from selfplay.recipe_filters import FilterRecipe, PythonFilterRecipe
 from selfplay.recipe_judges import (
     ApiJudgeRecipe,
@@ -22,6 +22,7 @@ from selfplay.recipe_judges import (
     SimilarityRecipe,
 )
 from selfplay.recipe_pairs import PairsRecipe
+from selfplay.recipe_prompts import HELDOUT_TAGS, HeldoutRecipe, PromptsRecipe
 from selfplay.recipe_reward import RewardModelRecipe
 from selfplay.recipe_train import REFERENCE_KINDS
 

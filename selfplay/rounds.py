@@ -22,6 +22,7 @@ from selfplay.canaries import make_canaries
 from selfplay.errors import GateError, Stopped
 from selfplay.filters import make_filters
 from selfplay.models import open_generator
+from selfplay.pairing import Pairing, make_pairs, read_selections
 from selfplay.pairs import Selection, make_selector
 from selfplay.parts import Source, own_parts
 from selfplay.progress import SILENT, Reporter
@@ -32,13 +33,10 @@ from selfplay.run import Round, Run, report_swept, start_run
 from selfplay.sources import plain
 from selfplay.stages import (
     Judging,
-    Pairing,
     judge_canaries,
     judge_each,
-    make_pairs,
     panel_judgements,
     read_canaries,
-    read_selections,
     read_shards,
     sample_groups,
     sampling_at,

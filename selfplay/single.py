@@ -19,6 +19,7 @@ from selfplay.errors import DataError, RecipeError, StorageError
 from selfplay.filters import load_programs, make_filters
 from selfplay.judges import make_judge
 from selfplay.models import load_chat, local_model, open_generator, prompt_room, resolve_auto
+from selfplay.pairing import Pairing, make_pairs
 from selfplay.pairs import Selection, make_selector
 from selfplay.parts import note_drops
 from selfplay.progress import Reporter
@@ -28,7 +29,7 @@ from selfplay.recipe_judges import JudgeRecipe, asks_policy
 from selfplay.recipe_values import optional_at_round
 from selfplay.run import report_swept
 from selfplay.sources import load_pools, plain, record_pools
-from selfplay.stages import Judging, Pairing, judge_each, make_pairs, sample_groups, sampling_at, shards
+from selfplay.stages import Judging, judge_each, sample_groups, sampling_at, shards
 from selfplay.train.four_bit import playable
 from selfplay.trust import require_trust
 from selfplay.types import Group, Judgement, PreferencePair, Prompt, derive_seed

@@ -19,8 +19,9 @@ from selfplay.models import local_model
 from selfplay.preferences import read_labelled
 from selfplay.progress import Reporter
 from selfplay.protocols import Judge, JudgeContext
-from selfplay.recipe import PromptsRecipe, Recipe, SourceView
+from selfplay.recipe import Recipe, SourceView
 from selfplay.recipe_judges import judges_in
+from selfplay.recipe_prompts import PromptsRecipe
 from selfplay.recipe_reward import RewardModelRecipe
 from selfplay.stages import judge_groups, room_for_judge
 

@@ -11,7 +11,7 @@ from selfplay import store
 from selfplay.chat import Chat
 from selfplay.errors import DataError, RecipeError
 from selfplay.prompts import PromptPool, load_pool
-from selfplay.recipe import PromptsRecipe
+from selfplay.recipe_prompts import PromptsRecipe
 from selfplay.sources import record_pools
 from selfplay.types import Drop, Message, Prompt, prompt_id
 

@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from selfplay.errors import RecipeError
-from selfplay.recipe import PromptsRecipe, Recipe
+from selfplay.recipe import Recipe
 from selfplay.recipe_file import check_recipe, dump_recipe, load_recipe, parse_yaml
 from selfplay.recipe_judges import VerifierRecipe
 from selfplay.recipe_pairs import BestVsWorstRecipe
+from selfplay.recipe_prompts import PromptsRecipe
 from selfplay.recipe_values import Section, at_round
 from selfplay.train.settings import settings_at
 

@@ -24,13 +24,14 @@ from selfplay.cli import app, main
 from selfplay.errors import DataError, JudgeError, NoPairsError, RecipeError, UnparsedGateError
 from selfplay.judges.llm import LLMJudge
 from selfplay.metrics import compare
+from selfplay.pairing import Pairing, make_pairs
 from selfplay.pairs import make_pair
 from selfplay.protocols import FilterContext, JudgeContext
 from selfplay.recipe_file import check_recipe, dump_recipe, load_recipe, parse_yaml
 from selfplay.recipe_values import split_by_weight
 from selfplay.rounds import iterate
 from selfplay.sources import load_pools
-from selfplay.stages import Judging, Pairing, judge_each, make_pairs, usage_of
+from selfplay.stages import Judging, judge_each, usage_of
 from selfplay.types import Completion, Group, Judgement, Message, PreferencePair, Prompt, prompt_id
 
 NAMES = ("gold", "open", "rules")

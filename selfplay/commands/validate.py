@@ -16,7 +16,7 @@ from selfplay.judges.template import load_template
 from selfplay.judges.verifier import check_verifiable, validate_checks
 from selfplay.models import local_model
 from selfplay.prompts import FILE_SUFFIXES
-from selfplay.recipe import HeldoutRecipe, PromptsRecipe, Recipe, SourceView
+from selfplay.recipe import Recipe, SourceView
 from selfplay.recipe_file import load_recipe
 from selfplay.recipe_filters import PythonFilterRecipe
 from selfplay.recipe_judges import (
@@ -28,6 +28,7 @@ from selfplay.recipe_judges import (
     VerifierRecipe,
     judges_in,
 )
+from selfplay.recipe_prompts import HeldoutRecipe, PromptsRecipe
 from selfplay.recipe_reward import RewardModelRecipe
 from selfplay.report import safe_text
 from selfplay.sources import load_pools
