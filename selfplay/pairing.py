@@ -1,4 +1,4 @@
-"""The stage of a round that makes pairs: judged groups of each source through its selector and filters, into the round's files."""
+"""The stage that makes the pairs of a round: judged groups of each source through its selector and filters."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass

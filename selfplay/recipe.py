@@ -167,6 +167,11 @@ class Recipe(Section):
         if self.sources is not None:
             self._check_sources(self.sources)
         self.for_each(lambda _, view: view.check_source())
+        kinds = {view.pairs.kind: view.pairs.reads_scores for view in self.by_source.values()}
+        if self.audit.canaries and not any(kinds.values()):
+            raise ValueError(
+                f"audit.canaries: pairs.kind {', '.join(kinds)} has no judge that could be shown any; leave it out"
+            )
         return self
 
     def _check_sources(self, sources: dict[str, SourceRecipe]) -> None:
@@ -238,7 +243,9 @@ class Recipe(Section):
 
     @property
     def num_canaries(self) -> int:
-        """On how many prompts of a round canaries are judged by the recipe's own judge."""
+        """On how many prompts of a round, of all sources together, canaries are judged by the recipe's own judges."""
+        if self.sources is not None:
+            return sum(view.num_canaries for view in self.by_source.values())
         if self.judge is None:
             return 0
         default = DEFAULT_CANARIES if any(one.kind in READING_KINDS for one in judges_in(self.judge)) else 0
@@ -261,10 +268,6 @@ class SourceView(Recipe):
         pairs = self.pairs
         if not pairs.reads_scores and self.judge is not None:
             raise ValueError(f"pairs.kind {pairs.kind} reads no scores: remove the judge (evaluate.judge is fine)")
-        if not pairs.reads_scores and self.audit.canaries:
-            raise ValueError(
-                f"audit.canaries: pairs.kind {pairs.kind} has no judge that could be shown any; leave it out"
-            )
         counts, k = self.generator.num_completions, pairs.k if isinstance(pairs, TopKVsBottomKRecipe) else 0
         for round in range(rounds_that_differ(counts, k)):
             count, least = at_round(counts, round), pairs.min_completions

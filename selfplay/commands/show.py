@@ -10,8 +10,9 @@ from selfplay import store
 from selfplay.commands.options import AsJson
 from selfplay.errors import DataError
 from selfplay.metrics import compare, status
-from selfplay.report import make_console, print_group, print_pair, print_run
+from selfplay.report import make_console, print_run
 from selfplay.report_compare import print_comparison
+from selfplay.report_texts import print_group, print_pair
 from selfplay.types import Group, Judgement, PreferencePair
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)]

@@ -15,7 +15,8 @@ from selfplay.judges.questions import Questions, check_asked
 from selfplay.judges.template import load_template
 from selfplay.judges.verifier import check_verifiable, validate_checks
 from selfplay.models import local_model
-from selfplay.prompts import FILE_SUFFIXES
+from selfplay.prompt_rows import FILE_SUFFIXES
+from selfplay.prompts import load_pool
 from selfplay.recipe import Recipe, SourceView
 from selfplay.recipe_file import load_recipe
 from selfplay.recipe_filters import PythonFilterRecipe
@@ -113,6 +114,14 @@ def _check_rows(recipe: Recipe) -> None:
     if all(_is_json(view.prompts) for view in recipe.by_source.values()):
         pools = load_pools(recipe)
         recipe.for_each(lambda name, view: check_verifiable(view, pools[name], judge_given=False))
+        return
+    recipe.for_each(lambda _, view: _check_rows_of(view))
+
+
+def _check_rows_of(view: SourceView) -> None:
+    """Reads the prompts of one source beside others that can't be read here."""
+    if _is_json(view.prompts):
+        check_verifiable(view, load_pool(view.prompts, seed=view.seed), judge_given=False)
 
 
 def _is_json(prompts: PromptsRecipe) -> bool:
