@@ -126,6 +126,14 @@ def build_packs(pairs: Sequence[TrainRow], indices: Sequence[int], *, max_pack_t
     return [_tensors(groups, shared) for groups in bins]
 
 
+def units(
+    pairs: Sequence[TrainRow], indices: Sequence[int], *, max_pack_tokens: int, shared: bool
+) -> list[tuple[int, list[int]]]:
+    """(tokens, indices) of what `build_packs` never splits: the pairs of a prompt, or as many as fit the cap."""
+    groups = _groups(pairs, indices, max_pack_tokens, shared)
+    return [(_num_tokens([group], shared), [index for index, _ in group.pairs]) for group in groups]
+
+
 def _groups(pairs: Sequence[TrainRow], indices: Sequence[int], cap: int, shared: bool) -> list[_Shared]:
     done: list[_Shared] = []
     open_groups: dict[Tokens, _Shared] = {}
