@@ -39,6 +39,7 @@ from selfplay.stages import (
     usage_of,
     write_prompts,
 )
+from selfplay.train.devices import Devices
 from selfplay.train.settings import TrainJob, schedule_span, settings_at
 from selfplay.types import Group, Judgement, Prompt
 
@@ -128,7 +129,7 @@ def train_dpo(round: Round, selection: Selection) -> Path:
     num_prompts = len({pair.prompt_id for pair in selection.pairs})
     round.run.report.note(f"round {round.index}: {len(selection.pairs)} pairs from {num_prompts} prompts")
     with timed(round.folder, "train"):
-        launch(train_job(round), round.run.report)
+        launch(train_job(round), round.run.report, round.run.devices)
     return round.policy
 
 
@@ -236,11 +237,13 @@ def iterate(
     selector: PairSelector | None = None,
     filters: Sequence[PairFilter] | None = None,
     allow_code: bool = False,
+    devices: Devices | None = None,
     report: Reporter = SILENT,
 ) -> dict[str, Any]:
     """Plays all rounds of a recipe in the run directory `out`, or what is left of them, and returns `status(out)`.
 
-    `judge` stands in for the recipe's judge, `selector` for its pairing, `filters` for its `pairs.filters`. Raises
+    `judge` stands in for the recipe's judge, `selector` for its pairing, `filters` for its `pairs.filters`. `devices`
+    are those that train together, as `selfplay.train.devices.read_devices` gives them; None for one. Raises
     SelfplayError's subclasses; Stopped on Ctrl-C.
     """
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
@@ -249,7 +252,7 @@ def iterate(
         try:
             report_swept(folder, report)
             own = OwnParts(judge, selector, filters)
-            run = start_run(loaded, folder, own=own, allow_code=allow_code, report=report)
+            run = start_run(loaded, folder, own=own, allow_code=allow_code, devices=devices, report=report)
             for index in range(run.recipe.rounds):
                 if not (run.round(index).folder / "round.json").exists():
                     play_round(run.round(index))

@@ -24,6 +24,7 @@ from selfplay.protocols import Judge, PairFilter, PairSelector
 from selfplay.recipe import Recipe
 from selfplay.recipe_file import check_recipe, differences, dump_recipe, parse_yaml
 from selfplay.recipe_judges import API_CONDUCT
+from selfplay.train.devices import Devices
 from selfplay.train.settings import require_optimizer
 from selfplay.types import PreferencePair, Prompt, derive_seed
 
@@ -44,6 +45,7 @@ class Run:
     programs: Programs  # what the recipe's filters name as programs of the user
     panel: Panel
     report: Reporter
+    devices: Devices | None = None  # those that train together; None for one
 
     def round(self, index: int) -> "Round":
         return Round(self, index)
@@ -112,7 +114,15 @@ class OwnParts:
         return tuple(NamedFilter(function_identity("function", one), one) for one in self.filters)
 
 
-def start_run(recipe: Recipe, folder: Path, *, own: OwnParts, allow_code: bool, report: Reporter) -> Run:
+def start_run(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    own: OwnParts,
+    allow_code: bool,
+    report: Reporter,
+    devices: Devices | None = None,
+) -> Run:
     """Opens or continues a run directory. RecipeError where it holds a run of another recipe, model, data or judge."""
     judge = own_judge(own.judge) if own.judge is not None else None
     selector, filters = own.selector, own.named_filters()
@@ -169,7 +179,9 @@ def start_run(recipe: Recipe, folder: Path, *, own: OwnParts, allow_code: bool, 
         store.rewrite(folder / "recipe.yaml", dump_recipe(recipe).encode())
     heldout = pool.heldout[: recipe.evaluate.num_prompts]
     panel = Panel(recipe, heldout, panel_judge, report)
-    return Run(folder, recipe, initial, reference, chat, pool, judge, selector, filters, programs, panel, report)
+    return Run(
+        folder, recipe, initial, reference, chat, pool, judge, selector, filters, programs, panel, report, devices
+    )
 
 
 def _require_gold(prompts: Sequence[Prompt], kind: str) -> None:
