@@ -91,6 +91,9 @@ types: $(VENV)/.test ## mypy --strict
 
 mini-data: $(VENV)/.engine-$(ENGINE) ## fetch the real rows of the mini recipes into data/
 	$(BIN)/python -m selfplay.mini_data data
+	$(PIP) install -e ".[ifeval,reasoning-gym]"
+	test -e data/sums.jsonl || $(BIN)/selfplay tasks chain_sum data/sums.jsonl --count 180 --read last_number \
+	  --set min_terms=2 --set max_terms=2 --set min_digits=1 --set max_digits=1
 
 # Several measurements, up to half an hour: nothing else should run. BENCH="train-pair memory" runs some.
 bench: $(VENV)/.engine-$(ENGINE) $(VENV)/.test $(MODEL)/config.json ## time training against its peers

@@ -10,6 +10,7 @@ from selfplay.errors import DataError, RecipeError
 from selfplay.recipe_train import LoraRecipe
 
 CONFIG = "adapter_config.json"
+FOUR_BIT = "four_bit.json"  # beside weights that are the values of a 4-bit base (train/four_bit.py)
 SHARED_KEYS = ("r", "lora_alpha", "use_rslora")  # settings of a recipe that an adapter on disk has, too
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's max_lora_rank may be
 
@@ -36,12 +37,21 @@ def base_folder(folder: Path) -> Path:
     if not is_adapter(folder):
         return folder
     base = Path(str(adapter_config(folder).get("base_model_name_or_path")))
+    # a base that a run wrote itself moves with it: RUN/round-000/policy, or OUT/policy of a single training
+    near = [parent / base.name for parent in folder.absolute().parents[:2]]
+    base = next((one for one in (base, *near) if (one / "config.json").is_file()), base)
     if not (base / "config.json").is_file():
         raise DataError(
             f"{folder / CONFIG}: its base model {base} is no model folder here. Bring it back, or write its new place into "
             "base_model_name_or_path"
         )
     return base
+
+
+def four_bit_source(base: Path) -> Path | None:
+    """The model that was quantized to 4 bits, where a folder holds the values of those; None for any other folder."""
+    path = base / FOUR_BIT
+    return Path(str(json.loads(path.read_text())["quantized_from"])) if path.is_file() else None
 
 
 def adapter_rank(folder: Path) -> int:
@@ -68,7 +78,9 @@ def check_lora(folder: Path, recipe: LoraRecipe | None) -> None:
             "merge it into its base first: selfplay merge"
         )
     found, settings = adapter_config(folder), recipe.model_dump()
-    differing = [f"{key} {found.get(key)} -> {settings[key]}" for key in SHARED_KEYS if found.get(key) != settings[key]]
+    keys = (*SHARED_KEYS, "load_in_4bit")
+    found["load_in_4bit"] = four_bit_source(base_folder(folder)) is not None
+    differing = [f"{key} {found.get(key)} -> {settings[key]}" for key in keys if found.get(key) != settings[key]]
     if differing:
         raise RecipeError(
             f"train.lora: {folder} is an adapter with other settings ({', '.join(differing)}). Take its own, or merge it "

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from selfplay.agreement import kendall, sign_counts
+from selfplay.canaries import CanaryVerdict, canary_alarms, canary_figures
+from selfplay.self_agreement import repeated, self_agreement, self_reliability
 from selfplay.types import Group, Judgement, PreferencePair
 
 # An unbiased judge's pairs have the longer completion as chosen in 50 %; judges known to follow length, in 65 to 80 %.
@@ -20,13 +22,18 @@ MAX_CHOSEN_LONGER = 0.7
 MAX_CEILING = 0.6
 # Verdicts drawn by a coin agree with their swap in half of the comparisons.
 MIN_SWAP_CONSISTENCY = 0.5
-MIN_COUNT = 20  # scores, pairs or comparisons below which a share says too little for an alarm
+# Below one half more than half of the variance of a prompt's scores is the judge's own noise.
+MIN_SELF_RELIABILITY = 0.5
+MIN_COUNT = 20  # scores, pairs, comparisons or repeated questions below which a share says too little for an alarm
 MAX_VALUES = 12  # distinct scores that a histogram shows one by one
 NUM_BINS = 10
 
 
 def audit(
-    groups: Sequence[Group], judgements: Sequence[Judgement] | None, pairs: Sequence[PreferencePair]
+    groups: Sequence[Group],
+    judgements: Sequence[Judgement] | None,
+    pairs: Sequence[PreferencePair],
+    canaries: Sequence[CanaryVerdict] = (),
 ) -> dict[str, Any]:
     """The figures, under the names of `selfplay status --json`; None where there is nothing to count.
 
@@ -34,7 +41,8 @@ def audit(
     equal scores; `swap_consistency` that of a pairwise judge's comparisons whose two orders don't contradict each other;
     `ceiling_share` that of scores equal to the round's highest. `length_correlation` is Kendall's tau-b of score and length
     in tokens within prompts. `chosen_longer` is the share of pairs whose chosen completion has more tokens, an equal number
-    counting half. `histogram` has rows [low, high, count].
+    counting half. `histogram` has rows [low, high, count]. `self_agreement` and `self_reliability` are of the `num_repeated`
+    questions that were asked several times (self_agreement.py), `canaries` and `canary_loss_rate` of canaries.py.
     """
     shown = judgements or ()
     rows = [judgement.scores for judgement in shown]
@@ -42,6 +50,7 @@ def audit(
     scores = [score for score in flat if score is not None]
     lengths = [[float(len(c.token_ids)) for c in group.completions] for group in groups] if judgements else []
     with_itself, with_length = sign_counts(rows, rows), sign_counts(rows, lengths)
+    asked_again = repeated(shown)
     compared = sum(judgement.num_compared for judgement in shown)
     figures: dict[str, Any] = {
         "num_scores": len(scores),
@@ -53,7 +62,11 @@ def audit(
         "ceiling_share": scores.count(max(scores)) / len(scores) if scores else None,
         "length_correlation": kendall(with_length),
         "chosen_longer": chosen_longer(pairs),
+        "num_repeated": sum(map(len, asked_again)),
+        "self_agreement": self_agreement(asked_again),
+        "self_reliability": self_reliability(asked_again),
         "histogram": histogram(scores),
+        **canary_figures(canaries),
     }
     return figures | {"alarms": alarms(figures, num_pairs=len(pairs))}
 
@@ -92,4 +105,10 @@ def alarms(figures: dict[str, Any], *, num_pairs: int) -> list[str]:
             f"only {swap:.0%} of the comparisons agree with their swap (alarm below {MIN_SWAP_CONSISTENCY:.0%}): "
             "the judge follows the place of a completion"
         )
-    return found
+    reliability = figures["self_reliability"]
+    if figures["num_repeated"] >= MIN_COUNT and reliability is not None and reliability < MIN_SELF_RELIABILITY:
+        found.append(
+            f"verdicts on one question differ so much that {1 - reliability:.0%} of the variance of a prompt's scores is noise "
+            f"(alarm above {1 - MIN_SELF_RELIABILITY:.0%}): ask for more verdicts, or at a lower temperature"
+        )
+    return [*found, *canary_alarms(figures["canaries"])]

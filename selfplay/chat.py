@@ -67,7 +67,7 @@ class Chat:
         except (OSError, ValueError) as error:
             raise DataError(f"{model}: no tokenizer could be loaded ({error})") from error
         if chat_template is not None:
-            tokenizer.chat_template = _template_text(chat_template)
+            tokenizer.chat_template = template_text(chat_template)
         stops: list[int] = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         try:
             declared = GenerationConfig.from_pretrained(model).eos_token_id
@@ -138,6 +138,10 @@ class Chat:
         ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=as_text, return_attention_mask=False)
         return tuple(ids["input_ids"])
 
+    def encode_text(self, text: str) -> tuple[int, ...]:
+        """Token ids of a text by itself, in which nothing is a special token."""
+        return self._encode(text, as_text=True)
+
     def encode_prompt(self, prompt: Prompt) -> tuple[int, ...]:
         """Token ids up to and including the generation prompt."""
         return self.encode_messages(prompt.messages, tools=prompt.tools)
@@ -198,15 +202,17 @@ class Chat:
         return json.dumps([self.tokenizer.chat_template, self.template_kwargs, self.reasoning_tags], sort_keys=True)
 
 
-def _template_text(chat_template: str) -> str:
-    """A template that is given as text, or as the name of a file. DataError where that file can't be read."""
+def template_text(chat_template: str, *, key: str = "chat.chat_template") -> str:
+    """A template that is given as text, or as the name of a file. DataError, naming the recipe's key, where that file can't
+    be read.
+    """
     if not names_template_file(chat_template):
         return chat_template
     try:
         return Path(chat_template).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
-            f"chat.chat_template: {chat_template} is no template (it has no Jinja tag) and no file that can be read ({error})"
+            f"{key}: {chat_template} is no template (it has no Jinja tag) and no file that can be read ({error})"
         ) from error
 
 

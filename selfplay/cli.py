@@ -24,8 +24,10 @@ from selfplay.commands.iterate import iterate_command
 from selfplay.commands.judges import calibrate_command, compare_judges_command
 from selfplay.commands.merge import merge_command
 from selfplay.commands.recipes import recipes_app
+from selfplay.commands.reward import train_reward_command
 from selfplay.commands.show import compare_command, show_command, status_command
 from selfplay.commands.stages import evaluate_command, generate_command, judge_command, pairs_command, train_command
+from selfplay.commands.tasks import tasks_command
 from selfplay.commands.validate import validate_command
 from selfplay.errors import RecipeError, SelfplayError, Stopped, StorageError
 from selfplay.report import safe_text
@@ -55,6 +57,7 @@ app.command("generate")(generate_command)
 app.command("judge")(judge_command)
 app.command("pairs")(pairs_command)
 app.command("train")(train_command)
+app.command("train-reward")(train_reward_command)
 app.command("evaluate")(evaluate_command)
 app.command("compare-judges")(compare_judges_command)
 app.command("calibrate")(calibrate_command)
@@ -63,6 +66,7 @@ app.command("compare")(compare_command)
 app.command("show")(show_command)
 app.command("merge")(merge_command)
 app.command("import-gguf")(import_gguf_command)
+app.command("tasks")(tasks_command)
 app.add_typer(recipes_app, name="recipes")
 app.command("env")(env_command)
 

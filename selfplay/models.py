@@ -40,7 +40,7 @@ def resolve_auto(recipe: Recipe) -> Recipe:
     kind = recipe.generator.kind
     if kind == "auto":
         kind = "vllm" if importlib.util.find_spec("vllm") is not None else "transformers"
-    bf16 = _computes_bf16() if recipe.train.bf16 == "auto" else recipe.train.bf16
+    bf16 = computes_bf16() if recipe.train.bf16 == "auto" else recipe.train.bf16
     return recipe.model_copy(
         update={
             "generator": recipe.generator.model_copy(update={"kind": kind}),
@@ -49,7 +49,8 @@ def resolve_auto(recipe: Recipe) -> Recipe:
     )
 
 
-def _computes_bf16() -> bool:
+def computes_bf16() -> bool:
+    """Whether this machine computes bfloat16 and does not emulate it."""
     import torch
 
     if torch.cuda.is_available():

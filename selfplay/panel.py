@@ -94,7 +94,8 @@ class Panel:
 
         train = self.recipe.train
         paths = tuple(str(p) for p in shards(folder))
-        result = launch(KLJob(str(initial), paths, bool(train.bf16), train.max_pack_tokens), self.report)
+        cap = None if train.max_pack_tokens == "auto" else train.max_pack_tokens
+        result = launch(KLJob(str(initial), paths, bool(train.bf16), cap), self.report)
         kl: float | None = result["kl"]
         return kl
 

@@ -12,18 +12,22 @@ from rich.console import Console
 from rich.table import Table
 
 from selfplay.adapters import base_folder
+from selfplay.canaries import WHAT
 from selfplay.errors import DataError
 from selfplay.filters import make_mix
 from selfplay.judges.verifier import check_verifiable
 from selfplay.models import resolve_auto
-from selfplay.prompts import PromptPool, load_pool
+from selfplay.prompts import PromptPool, check_gold, load_pool
 from selfplay.recipe import Recipe
 from selfplay.recipe_file import dump_recipe
 from selfplay.recipe_filters import MixPreviousRecipe
+from selfplay.recipe_judges import ApiJudgeRecipe, LLMJudgeRecipe
 from selfplay.recipe_train import LoraRecipe
 from selfplay.recipe_values import at_round
 from selfplay.report import print_table
+from selfplay.train.four_bit import BASE
 from selfplay.train.settings import KEPT_CHECKPOINTS, STATE_BYTES, TrainSettings, settings_at
+from selfplay.trust import check_reward_models
 
 BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2}
 # One sampled token on disk: its id, its logp with 17 digits, about 4 characters of text; pairs repeat ids and text.
@@ -71,10 +75,14 @@ def make_plan(recipe: Recipe, out: Path) -> Plan:
     """The plan of a run in `out`, finished rounds counted as there. Raises what starting the run would raise about the
     recipe and the data set.
     """
+    _ = recipe.prompts.needed_source
     recipe.check_judged()
     recipe.check_win_rates()
+    check_reward_models(recipe)
     recipe = _with_generator(recipe)
     pool = load_pool(recipe.prompts, seed=recipe.seed)
+    for index in range(recipe.rounds):
+        check_gold(recipe, pool.deal(recipe.prompts, index))
     check_verifiable(recipe, pool, judge_given=False)
     rounds = tuple(_plan_round(recipe, pool, index) for index in range(recipe.rounds))
     completions, tokens = _panel_work(recipe, len(pool.heldout[: recipe.evaluate.num_prompts]))
@@ -214,7 +222,16 @@ def _bytes_needed(recipe: Recipe, rounds: tuple[RoundPlan, ...], panel_tokens: i
         per_round += parameters * STATE_BYTES[recipe.train.optim]
     ema = parameters * 4 * sum(plan.index > 0 for plan in left) if recipe.train.reference == "ema" else 0
     tokens = sum(plan.tokens for plan in left) + (panel_tokens if left else 0)
-    return len(left) * per_round + ema + tokens * RECORD_BYTES_PER_TOKEN
+    base = 0
+    if (
+        left
+        and recipe.train.lora is not None
+        and recipe.train.lora.load_in_4bit
+        and (folder := find_model(recipe.model))
+    ):
+        # base-4bit, in the dtype that training computes in
+        base = num_parameters(folder) * (4 if recipe.train.bf16 is False else 2) * (not (out / BASE).exists())
+    return len(left) * per_round + ema + base + tokens * RECORD_BYTES_PER_TOKEN
 
 
 def _bytes_free(out: Path) -> int:
@@ -227,8 +244,10 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(dump_recipe(plan.recipe), markup=False, soft_wrap=True)
     pool = plan.pool
     console.print(f"prompts: {len(pool.train)} for training, {len(pool.heldout)} held out (form: {pool.form})")
+    for line in pool.drop_lines:
+        console.print(f"         {line}", markup=False, soft_wrap=True)
     if pool.drops:
-        console.print(f"         {len(pool.drops)} rows dropped; prompts over max_prompt_length are dropped later")
+        console.print("         prompts over max_prompt_length are dropped later")
     console.print()
     for round in plan.rounds:
         for line in _round_lines(plan.recipe, round):
@@ -249,12 +268,24 @@ def _round_lines(recipe: Recipe, plan: RoundPlan) -> list[str]:
         f"  reference  {_reference_line(plan)}",
         f"  data       prompts {data} in dealing order, {plan.num_completions} completions each "
         f"(temperature {plan.temperature:g}, at most {plan.max_tokens} tokens)",
+        *_canary_lines(recipe, plan),
         f"  pairs      {' -> '.join([recipe.pairs.kind, *(one.kind for one in recipe.pairs.filters)])}",
         f"  schedule   learning_rate {settings.learning_rate:g}, {settings.lr_scheduler_type} over {span}, "
         f"warmup_steps {settings.warmup_steps:g}; optimizer {optimizer}",
         f"  train      {_loss_line(settings)}, batch_size {settings.batch_size}, "
         + (f"{settings.max_steps} steps" if settings.max_steps > 0 else f"{settings.num_train_epochs} epochs"),
     ]
+
+
+def _canary_lines(recipe: Recipe, plan: RoundPlan) -> list[str]:
+    """What canaries cost the judge, at most; nothing where there are none."""
+    prompts = min(recipe.num_canaries, plan.num_prompts)
+    if not prompts:
+        return []
+    several = recipe.judge.num_verdicts if isinstance(recipe.judge, LLMJudgeRecipe | ApiJudgeRecipe) else 1
+    times = f" x {several} verdicts" if several > 1 else ""
+    shown = f"{len(WHAT)} canaries for each of {prompts} prompts, {2 * len(WHAT) * prompts} completions to judge"
+    return [f"  audit      {shown}{times}, beside {plan.num_prompts * plan.num_completions}"]
 
 
 def _reference_line(plan: RoundPlan) -> str:

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 from selfplay.chat import Chat
 from selfplay.errors import DataError
-from selfplay.prompts import ROLES, read_prompts, read_rows, read_tools
+from selfplay.prompts import ROLES, read_checks, read_gold, read_prompts, read_rows, read_tools
 from selfplay.recipe import PromptsRecipe
 from selfplay.types import Demonstration, Drop, Message, PreferencePair, Prompt, prompt_id
 
@@ -109,14 +109,14 @@ def read_demonstrations(source: str, chat: Chat, prompts: PromptsRecipe) -> Demo
 
 def _demonstration(prompt: Prompt, chat: Chat, max_prompt_length: int) -> Demonstration | Drop:
     if prompt.gold is None or not prompt.gold.strip():
-        return Drop(prompt.source, "no completion to imitate")
+        return Drop(prompt.source, "no completion to imitate", prompt.source)
     try:
         prompt_ids = chat.encode_prompt(prompt)
         ids = chat.encode_completion(prompt, prompt.gold)
     except DataError as error:
         raise DataError(f"{prompt.source}: {error}") from error
     if len(prompt_ids) > max_prompt_length:
-        return Drop(prompt.source, "prompt longer than max_prompt_length")
+        return Drop(prompt.source, "prompt longer than max_prompt_length", prompt.source)
     return Demonstration(prompt.id, prompt.messages, (Message("assistant", prompt.gold),), prompt_ids, ids)
 
 
@@ -160,9 +160,9 @@ def read_labelled(
 
     def labelled(row: Mapping[str, Any]) -> Labelled:
         found = _labelled(row, column, system_prompt)
-        gold = row.get(gold_column) if gold_column is not None else None
-        checks = row.get(checks_column) or ()
-        return replace(found, prompt=replace(found.prompt, gold=gold, checks=tuple(checks), source=source))
+        gold = read_gold(row.get(gold_column)) if gold_column is not None else None
+        checks = read_checks(row.get(checks_column), checks_column, "this row")
+        return replace(found, prompt=replace(found.prompt, gold=gold, checks=checks, source=source))
 
     return _convert(rows[:limit], source, labelled)
 
@@ -203,7 +203,7 @@ def _convert(
         try:
             made.append(make(row))
         except _UnusableError as reason:
-            drops.append(Drop(where, str(reason)))
+            drops.append(Drop(where, str(reason), where))
         except (KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{where}: this row does not fit the form of the first row ({error!r})") from error
         except DataError as error:

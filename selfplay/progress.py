@@ -25,19 +25,19 @@ class Reporter:
             self.console.print(text, markup=False, soft_wrap=True)
 
     @contextlib.contextmanager
-    def stage(self, name: str, total: int, unit: str) -> Iterator[Advance]:
-        """Yields a function that takes the number of rows done so far."""
+    def stage(self, name: str, total: int, unit: str, *, done: int = 0) -> Iterator[Advance]:
+        """Yields a function that takes the number of rows done so far. `done` were there before: they count for no rate."""
         started = time.monotonic()
         if self.quiet:
             yield lambda done: None
             return
         if self.console.is_terminal:
-            yield from self._bar(name, total, unit)
+            yield from self._bar(name, total, unit, done)
         else:
-            yield from self._lines(name, total, unit, started)
-        self.note(f"{name}: {total} {unit} in {time.monotonic() - started:.1f} s")
+            yield from self._lines(name, total, unit, done, started)
+        self.note(f"{name}: {total - done} {unit} in {time.monotonic() - started:.1f} s")
 
-    def _bar(self, name: str, total: int, unit: str) -> Iterator[Advance]:
+    def _bar(self, name: str, total: int, unit: str, before: int) -> Iterator[Advance]:
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -46,22 +46,22 @@ class Reporter:
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=self.console, transient=True) as bar:
-            task = bar.add_task(name, total=total, unit=unit, rate=0.0)
+            task = bar.add_task(name, total=total, completed=before, unit=unit, rate=0.0)
 
             def advance(done: int) -> None:
                 bar.update(task, completed=done, rate=bar.tasks[0].speed or 0.0)
 
             yield advance
 
-    def _lines(self, name: str, total: int, unit: str, started: float) -> Iterator[Advance]:
+    def _lines(self, name: str, total: int, unit: str, before: int, started: float) -> Iterator[Advance]:
         last = started
 
         def advance(done: int) -> None:
             nonlocal last
             now = time.monotonic()
-            if now - last >= LINE_SECONDS and done:
+            if now - last >= LINE_SECONDS and done > before:
                 last = now
-                rate = done / (now - started)
+                rate = (done - before) / (now - started)
                 self.note(f"{name}: {done}/{total} {unit}, {rate:.1f}/s, {max(0, total - done) / rate:.0f} s left")
 
         yield advance

@@ -24,13 +24,14 @@ class Generator(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class JudgeContext:
-    """What a judge may use: the round (0-based, -1 for the initial panel), a seed for its own randomness, and the
-    policy's generator while it is loaded.
+    """What a judge may use: the round (0-based, -1 for the initial panel), a seed for its own randomness, the policy's
+    generator while it is loaded, and `progress`, to be called with the verdicts that are done in this call so far.
     """
 
     round: int = 0
     seed: int = 0
     generator: Generator | None = None
+    progress: Callable[[int], None] = lambda done: None
 
 
 @runtime_checkable
@@ -51,6 +52,15 @@ class StagedJudge(Protocol):
 
     def stage(self, folder: Path, note: Callable[[str], None]) -> AbstractContextManager[object]:
         """A block around all calls of a stage. `folder` is that of its judgements; `note` says one line to the user."""
+        ...
+
+
+@runtime_checkable
+class CountingJudge(Protocol):
+    """A judge that says on the way how far it is, through `context.progress`."""
+
+    def count_verdicts(self, groups: Sequence[Group]) -> int | None:
+        """How many verdicts these groups take; None where it will not say on the way."""
         ...
 
 

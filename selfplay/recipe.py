@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    Discriminator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveInt,
+    Tag,
     field_validator,
     model_validator,
 )
@@ -22,14 +24,41 @@ from selfplay.recipe_pairs import BestVsWorstRecipe, PairsRecipe, TopKVsBottomKR
 from selfplay.recipe_train import TrainRecipe, reads
 from selfplay.recipe_values import PerRound, Section, Share, TopP, at_round, rounds_that_differ
 
-POINTWISE_KINDS = ("verifier", "rouge_l", "coin")  # their scores lie in [0, 1] and are no win rates
+DEFAULT_CANARIES = 4  # prompts; each is shown with four canaries
+READING_KINDS = ("llm", "api")  # judges that can be talked into a verdict
+POINTWISE_KINDS = ("verifier", "rouge_l", "similarity", "reward_model", "coin")  # their scores are no win rates
 Temperature = Annotated[float, Field(ge=0, le=2)]  # engines refuse more
 
 
-class PromptsRecipe(Section):
-    """Where prompts come from and how rounds get them. `source` is a .jsonl, .json, .parquet or .csv file, or an id."""
+class HeldoutRecipe(Section):
+    """A split of a data set that is held out: of the training prompts' own where `source` is missing."""
 
-    source: str
+    source: str | None = None
+    name: str | None = None
+    split: Annotated[str, Field(min_length=1)] = "test"
+
+
+def _heldout_tag(value: object) -> str:
+    return HELDOUT_TAGS[0 if isinstance(value, str) else 1 if isinstance(value, dict | HeldoutRecipe) else 2]
+
+
+HELDOUT_TAGS = ("a file", "a data set", "a share")
+Heldout = Annotated[
+    Annotated[str, Tag(HELDOUT_TAGS[0])]
+    | Annotated[HeldoutRecipe, Tag(HELDOUT_TAGS[1])]
+    | Annotated[Share, Tag(HELDOUT_TAGS[2])],
+    Discriminator(_heldout_tag),
+]
+# what `selfplay train` and the judges read of the section, whose rows come from elsewhere
+COLUMNS = ("prompt_column", "gold_column", "checks_column", "system_prompt", "turns", "max_prompt_length")
+
+
+class PromptsRecipe(Section):
+    """Where prompts come from and how rounds get them. `source` is a .jsonl, .json, .parquet or .csv file, or an id; it is
+    missing only in recipes of a single stage over files, such as `selfplay train`.
+    """
+
+    source: str | None = None
     name: str | None = None
     split: str = "train"
     prompt_column: str | None = None
@@ -40,10 +69,29 @@ class PromptsRecipe(Section):
     num_prompts: PerRound[PositiveInt] | None = None
     deal: Literal["disjoint", "same"] = "disjoint"
     max_prompt_length: PositiveInt = 1024
-    heldout: str | Share | None = None
+    heldout: Heldout | None = None
+
+    @property
+    def needed_source(self) -> str:
+        """RecipeError where the recipe names none."""
+        if self.source is None:
+            raise RecipeError(
+                "prompts.source: missing; this command needs prompts. Only `selfplay train`, `judge`, `pairs` and `calibrate`, "
+                "which read files that you name, do without"
+            )
+        return self.source
 
     @model_validator(mode="after")
     def _dealable(self) -> "PromptsRecipe":
+        if self.source is None:
+            idle = [key for key in self.model_dump(exclude_defaults=True) if key not in COLUMNS]
+            if idle:
+                raise ValueError(f"source is missing, and without prompts {', '.join(idle)} would do nothing")
+            return self
+        if isinstance(self.heldout, HeldoutRecipe) and self.heldout.source in (None, self.source):
+            name = self.heldout.name or self.name
+            if (name, self.heldout.split) == (self.name, self.split):
+                raise ValueError(f"heldout names the split {self.split!r} that is trained on: name another one")
         if self.deal == "disjoint" and self.num_prompts is None:
             raise ValueError(
                 "deal: disjoint needs num_prompts (per round); or say deal: same to use all in every round"
@@ -92,18 +140,28 @@ class EvaluateRecipe(Section):
     judge: JudgeRecipe | None = None
 
 
+class AuditRecipe(Section):
+    """The judge's audit of a round. `canaries` is on how many prompts the judge is also shown completions that must lose
+    (canaries.py); by default DEFAULT_CANARIES where a model judges what it reads (kinds llm and api), else 0: a rule can't be
+    talked into anything, some rules pass such texts by design, and what a program of the user costs is not known.
+    """
+
+    canaries: NonNegativeInt | None = None
+
+
 class Recipe(Section):
     model: str
     rounds: PositiveInt = 3
     seed: NonNegativeInt = 0
     description: str = ""
-    prompts: PromptsRecipe
+    prompts: PromptsRecipe = PromptsRecipe()
     chat: ChatRecipe = ChatRecipe()
     generator: GeneratorRecipe = GeneratorRecipe()
     judge: JudgeRecipe | None = None
     pairs: PairsRecipe = BestVsWorstRecipe()
     train: TrainRecipe = TrainRecipe()
     evaluate: EvaluateRecipe = EvaluateRecipe()
+    audit: AuditRecipe = AuditRecipe()
 
     @field_validator("model")
     @classmethod
@@ -117,6 +175,10 @@ class Recipe(Section):
         pairs = self.pairs
         if not pairs.reads_scores and self.judge is not None:
             raise ValueError(f"pairs.kind {pairs.kind} reads no scores: remove the judge (evaluate.judge is fine)")
+        if not pairs.reads_scores and self.audit.canaries:
+            raise ValueError(
+                f"audit.canaries: pairs.kind {pairs.kind} has no judge that could be shown any; leave it out"
+            )
         counts, k = self.generator.num_completions, pairs.k if isinstance(pairs, TopKVsBottomKRecipe) else 0
         for round in range(rounds_that_differ(counts, k)):
             count, least = at_round(counts, round), pairs.min_completions
@@ -154,6 +216,14 @@ class Recipe(Section):
             raise RecipeError(
                 f"judge: missing; pairs.kind {self.pairs.kind} reads scores. Add a judge, or use gold_vs_completion"
             )
+
+    @property
+    def num_canaries(self) -> int:
+        """On how many prompts of a round canaries are judged by the recipe's own judge."""
+        if self.judge is None:
+            return 0
+        default = DEFAULT_CANARIES if self.judge.kind in READING_KINDS else 0
+        return default if self.audit.canaries is None else self.audit.canaries
 
     @property
     def heldout_judge(self) -> JudgeRecipe | None:

@@ -10,13 +10,14 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from selfplay.errors import RecipeError
-from selfplay.recipe import Recipe, resolve_path
+from selfplay.recipe import HELDOUT_TAGS, HeldoutRecipe, Recipe, resolve_path
 from selfplay.recipe_filters import FilterRecipe, PythonFilterRecipe
-from selfplay.recipe_judges import ApiJudgeRecipe, JudgeRecipe, LLMJudgeRecipe, PythonJudgeRecipe
+from selfplay.recipe_judges import ApiJudgeRecipe, JudgeRecipe, LLMJudgeRecipe, PythonJudgeRecipe, SimilarityRecipe
 from selfplay.recipe_pairs import PairsRecipe
+from selfplay.recipe_reward import RewardModelRecipe
 from selfplay.recipe_train import REFERENCE_KINDS
 
-TAGS = {"one value", "per round"}
+TAGS = {"one value", "per round", *HELDOUT_TAGS}
 
 
 class _Loader(yaml.SafeLoader):
@@ -195,9 +196,14 @@ _KINDS = {"judge": _kinds(JudgeRecipe), "pairs": _kinds(PairsRecipe), "filters":
 
 
 def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
-    prompts: dict[str, Any] = {"source": resolve_path(recipe.prompts.source, folder)}
-    if isinstance(recipe.prompts.heldout, str):
-        prompts["heldout"] = resolve_path(recipe.prompts.heldout, folder)
+    prompts: dict[str, Any] = {}
+    if recipe.prompts.source is not None:
+        prompts["source"] = resolve_path(recipe.prompts.source, folder)
+    held = recipe.prompts.heldout
+    if isinstance(held, str):
+        prompts["heldout"] = resolve_path(held, folder)
+    elif isinstance(held, HeldoutRecipe) and held.source is not None:
+        prompts["heldout"] = held.model_copy(update={"source": resolve_path(held.source, folder)})
     update: dict[str, Any] = {
         "model": resolve_path(recipe.model, folder),
         "prompts": recipe.prompts.model_copy(update=prompts),
@@ -236,9 +242,22 @@ def _absolute_judge(judge: Any, folder: Path) -> Any:
     if isinstance(judge, LLMJudgeRecipe):
         model = judge.model if judge.model == "policy" else resolve_path(judge.model, folder)
         return judge.model_copy(update={"model": model, "template": resolve_path(judge.template, folder)})
+    if isinstance(judge, SimilarityRecipe):
+        return judge.model_copy(update={"model": resolve_path(judge.model, folder)})
     if isinstance(judge, ApiJudgeRecipe):
         return judge.model_copy(update={"template": resolve_path(judge.template, folder)})
+    if isinstance(judge, RewardModelRecipe):
+        return _absolute_reward_model(judge, folder)
     return judge
+
+
+def _absolute_reward_model(judge: RewardModelRecipe, folder: Path) -> RewardModelRecipe:
+    update: dict[str, Any] = {"model": resolve_path(judge.model, folder)}
+    if judge.chat_template is not None and names_template_file(judge.chat_template):
+        update["chat_template"] = str((folder / judge.chat_template).resolve())
+    if judge.calibration is not None:
+        update["calibration"] = resolve_path(judge.calibration, folder)
+    return judge.model_copy(update=update)
 
 
 def _absolute_filter(one: FilterRecipe, folder: Path) -> FilterRecipe:

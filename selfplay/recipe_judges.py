@@ -14,32 +14,66 @@ from pydantic import (
     model_validator,
 )
 
+from selfplay.recipe_reward import RewardModelRecipe
 from selfplay.recipe_values import Section, TopP
 
 
 class VerifierRecipe(Section):
-    """Named checks. The recipe's `checks` apply to every prompt, beside the checks that a prompt carries."""
+    """Named checks. The recipe's `checks` apply to every prompt, beside the checks that a prompt carries. `ifeval` is how
+    instructions of IFEval are read: as they stand, or loosely.
+    """
 
     kind: Literal["verifier"]
     checks: list[dict[str, Any]] = []
     score: Literal["share", "all"] = "share"
     truncated_fails: bool = True
+    ifeval: Literal["strict", "loose"] = "strict"
+
+
+DRAWN = {"temperature": 0.7, "top_p": 0.9, "max_tokens": 256}  # how a judge's texts are drawn
+
+
+# How a model's verdict is had: read from free text, from the probabilities of the template's labels, or from text that can
+# be nothing but a verdict.
+VerdictWay = Literal["parse", "labels", "constrained"]
 
 
 class LLMJudgeRecipe(Section):
     """A model reads the completion. `model: policy` is the current policy, on the engine that is already loaded. `template` is
-    a file or a shipped name: additive, yes_no, pairwise_helpfulness, correctness, safety.
+    a file or a shipped name: additive, yes_no, pairwise_helpfulness, correctness, safety. `verdict: labels` draws no text, and
+    temperature, top_p and max_tokens are None.
     """
 
     kind: Literal["llm"]
     model: str = "policy"
     template: str = "additive"
     system_prompt: str | None = None
-    verdict: Literal["parse", "labels"] = "parse"
+    verdict: VerdictWay = "parse"
     num_verdicts: PositiveInt = 1
-    temperature: NonNegativeFloat = 0.7
-    top_p: TopP = 0.9
-    max_tokens: PositiveInt = 256
+    temperature: NonNegativeFloat | None = None
+    top_p: TopP | None = None
+    max_tokens: PositiveInt | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drawn(cls, data: Any) -> Any:
+        """Fills how texts are drawn, and refuses it where none are."""
+        if not isinstance(data, dict):
+            return data
+        if data.get("verdict", "parse") != "labels":
+            return data | {key: value for key, value in DRAWN.items() if data.get(key) is None}
+        if given := [key for key in DRAWN if data.get(key) is not None]:
+            raise ValueError(f"{', '.join(given)}: verdict: labels draws no text. Remove it, or say verdict: parse")
+        return data
+
+
+def _check_drawn(judge: Section, verdict: VerdictWay) -> None:
+    """ValueError for a key that says how verdicts are drawn where none are."""
+    if verdict != "labels":
+        return
+    for name in ("temperature", "top_p", "max_tokens"):
+        if dict(judge)[name] != type(judge).model_fields[name].default:
+            raise ValueError(f"verdict: labels draws nothing, so {name} changes nothing: leave it out")
 
 
 def _base_url(url: str) -> str:
@@ -73,8 +107,10 @@ def is_link_local(address: str) -> bool:
 class ApiJudgeRecipe(Section):
     """A model behind an OpenAI-compatible chat endpoint reads the completion. The key is in the environment variable that
     `api_key_env` names; without one none is sent. Times are seconds; `timeout` is for one call, `deadline` for all that one
-    round or panel asks. `send_seed: false` is for servers that refuse the field. Prices are per million tokens, in any
-    currency.
+    stage asks: the judging of a round, of a panel, or of a panel's greedy completions. `send_seed: false` is for servers that
+    refuse the field. Prices are per million tokens, in any currency. `verdict: labels` reads the `top_logprobs` most probable
+    first tokens; `constraint` says in which field of a request `verdict: constrained` stands: OpenAI's response_format, or
+    vLLM's structured_outputs.
     """
 
     kind: Literal["api"]
@@ -83,6 +119,9 @@ class ApiJudgeRecipe(Section):
     api_key_env: Annotated[str, Field(pattern=r"^[A-Z_][A-Z0-9_]*$")] | None = None
     template: str = "additive"
     system_prompt: str | None = None
+    verdict: VerdictWay = "parse"
+    constraint: Literal["response_format", "structured_outputs"] = "response_format"
+    top_logprobs: Annotated[int, Field(ge=2, le=20)] = 20
     num_verdicts: PositiveInt = 1
     temperature: NonNegativeFloat = 0.7
     top_p: TopP = 0.9
@@ -102,8 +141,19 @@ class ApiJudgeRecipe(Section):
             raise ValueError("give both prompt_price and completion_price, or neither")
         return self
 
+    @model_validator(mode="after")
+    def _read_by_verdict(self) -> "ApiJudgeRecipe":
+        _check_drawn(self, self.verdict)
+        for name, way in (("constraint", "constrained"), ("top_logprobs", "labels")):
+            if self.verdict != way and dict(self)[name] != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is read with verdict: {way} alone: leave it out")
+        return self
 
-# What may change on a run that goes on: when and how often is asked, never what.
+
+# Where things lie that have their content in the judge's identity.
+JUDGE_PLACES = ("target", "template", "model")
+
+# What may change on a run that goes on: when and how often is asked, never what. `timeout` is also a python judge's.
 API_CONDUCT = (
     "api_key_env",
     "max_concurrency",
@@ -117,16 +167,30 @@ API_CONDUCT = (
 
 
 class PythonJudgeRecipe(Section):
-    """A function or object of the user: "file.py:name" or "package.module:name". Runs only with --allow-code."""
+    """A function or object of the user: "file.py:name" or "package.module:name". Runs only with --allow-code.
+
+    `timeout` is how many seconds may pass without a verdict, by default any: of a function that is one call (of several
+    side by side, the one that ends first), of an object a shard of prompts, which it judges in one call.
+    """
 
     kind: Literal["python"]
     target: Annotated[str, Field(pattern=r"^[^:]+:[A-Za-z_]\w*$")]
+    timeout: PositiveFloat | None = None
 
 
 class RougeLRecipe(Section):
     """ROUGE-L with the gold answer, in [0, 1]."""
 
     kind: Literal["rouge_l"]
+
+
+class SimilarityRecipe(Section):
+    """Cosine of the sentence embeddings of completion and gold answer, in [-1, 1]. `model` is a folder or hub id of
+    sentence-transformers.
+    """
+
+    kind: Literal["similarity"]
+    model: Annotated[str, Field(min_length=1)]
 
 
 class CoinRecipe(Section):
@@ -136,6 +200,13 @@ class CoinRecipe(Section):
 
 
 JudgeRecipe = Annotated[
-    VerifierRecipe | LLMJudgeRecipe | ApiJudgeRecipe | PythonJudgeRecipe | RougeLRecipe | CoinRecipe,
+    VerifierRecipe
+    | LLMJudgeRecipe
+    | ApiJudgeRecipe
+    | RewardModelRecipe
+    | PythonJudgeRecipe
+    | RougeLRecipe
+    | SimilarityRecipe
+    | CoinRecipe,
     Field(discriminator="kind"),
 ]

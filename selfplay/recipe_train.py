@@ -43,13 +43,15 @@ def reads(names: Sequence[str]) -> frozenset[str]:
 
 class LoraRecipe(Section):
     """A LoRA adapter in place of full weights, under peft's names. There is no dropout: the policy must equal its reference
-    before the first step.
+    before the first step. `load_in_4bit` is QLoRA: the base that it is trained on holds 4-bit weights (nf4, double
+    quantization), and the policy is the adapter on these.
     """
 
     r: PositiveInt = 16
     lora_alpha: PositiveInt = 32
     target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
     use_rslora: bool = False
+    load_in_4bit: bool = False
 
 
 class TrainRecipe(Section):
@@ -83,7 +85,10 @@ class TrainRecipe(Section):
     warmup_steps: PerRound[NonNegativeFloat] = 0.0
     max_grad_norm: PositiveFloat = 1.0
     max_length: PositiveInt | None = None
-    max_pack_tokens: PositiveInt = 2048
+    # tokens of one forward: auto is measured once in a run on a GPU, and 2048 on a CPU (train/budget.py)
+    max_pack_tokens: PositiveInt | Literal["auto"] = "auto"
+    # tokens of one row of it; null: all of them, but 2048 where the model's attention costs the square of a row
+    max_pack_length: PositiveInt | None = None
     bf16: bool | Literal["auto"] = "auto"
     gradient_checkpointing: bool = False
     lora: LoraRecipe | None = None

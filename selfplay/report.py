@@ -58,19 +58,31 @@ def print_run(run: Path, figures: Mapping[str, Any], console: Console) -> None:
     done = [row for row in figures["rounds"] if row["state"] == "done"]
     if done:
         print_table("training", training_table(done), console)
-        print_table("dropped, by reason", drops_table(done), console)
+        print_table("dropped, by reason", drops_table(done, figures["prompts"]), console)
         for row in done:
             for count in row["counts"].get("filters", []):  # runs from before there were filters have none
                 console.print(Text(f"round {row['round']}, filter {filter_line(count)}"))
     audited = [row for row in done if row["audit"] is not None]
     if audited:
         print_table("audit of the judge", audit_table(audited), console)
+        if asked := figures["initial"].get("judge_usage"):
+            cost = "" if asked["cost"] is None else f", cost {number(asked['cost'], 4)}"
+            console.print(f"the panel of the initial policy: {asked['num_calls']} calls{cost}")
         for row in audited:
+            if row["audit"].get("canaries"):  # rounds from before there were canaries have none
+                console.print(
+                    Text(f"round {row['round']}, canaries that lost: {canary_line(row['audit']['canaries'])}")
+                )
             print_alarms(row, console)
+        calibrated = audited[-1]["audit"].get("calibration")  # rounds from before there was one have none
+        if calibrated is not None:
+            figures_of = f"{number(calibrated['accuracy'])} {interval(calibrated['accuracy_interval'])}"
+            console.print(Text(f"judge on {calibrated['pairs']}: accuracy {figures_of}"), soft_wrap=True)
     print_table("seconds of each stage", seconds_table(figures), console)
     for row in figures["rounds"]:
         if row["state"] != "done":
-            console.print(f"round {row['round']}: not finished, {row['state']} so far")
+            count = f" {row['num_done']} of {row['num_prompts']} prompts" if "num_done" in row else ""
+            console.print(f"round {row['round']}: not finished, {row['state']}{count} so far")
     print_gain(figures, console)
 
 
@@ -169,13 +181,17 @@ def training_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def drops_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Why prompts gave no pair and completions entered none, and how many pairs were over max_length."""
+def drops_table(rows: Sequence[Mapping[str, Any]], read: Mapping[str, Any] | None = None) -> Table:
+    """Why prompts gave no pair and completions entered none, and how many pairs were over max_length; first, where there are
+    any, the rows of the data set that were dropped when it was `read`.
+    """
     table = Table()
     table.add_column("round", no_wrap=True)
     table.add_column("prompts without a pair")
     table.add_column("completions not used")
     table.add_column("too long", justify="right")
+    if read is not None and read["dropped"]:
+        table.add_row("reading", reasons(read["dropped"]), "-", "-")
     for row in rows:
         counts = row["counts"]
         prompts, completions = counts["num_prompts_without_pair"], counts["num_unusable_completions"]
@@ -191,15 +207,30 @@ def filter_line(count: Mapping[str, Any]) -> str:
 
 
 def audit_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """A row per finished round; the figures of audit.py."""
-    columns = ("parsed", "ties", "swap agrees", "at the top", "score~length", "chosen longer", "calls", "cost")
+    """A row per finished round; the figures of audit.py. `canaries` is the share of them that lost."""
+    keys = {
+        "parsed": "parse_rate",
+        "ties": "tie_rate",
+        "swap agrees": "swap_consistency",
+        "self agrees": "self_agreement",
+        "at top": "ceiling_share",
+        "score~length": "length_correlation",
+        "chosen longer": "chosen_longer",
+        "canaries": "canary_loss_rate",
+    }
+    columns = (*keys, "calls", "cost")
     table = _table("round", *columns)
     for row in rows:
         found, usage = row["audit"], row["judge_usage"] or {}
-        keys = ("parse_rate", "tie_rate", "swap_consistency", "ceiling_share", "length_correlation", "chosen_longer")
-        figures = [number(found[key]) for key in keys]
+        figures = [number(found.get(key)) for key in keys.values()]  # rounds from before a figure existed have none
         table.add_row(str(row["round"]), *figures, str(usage.get("num_calls", "-")), number(usage.get("cost"), 4))
     return table
+
+
+def canary_line(table: Mapping[str, Mapping[str, int]]) -> str:
+    """Of each kind of canary how many lost, of those that have a verdict."""
+    judged = {kind: sum(row.values()) - row["num_unjudged"] for kind, row in table.items()}
+    return ", ".join(f"{kind} {row['num_lost']} of {judged[kind]}" for kind, row in table.items())
 
 
 def print_alarms(row: Mapping[str, Any], console: Console) -> None:

@@ -11,13 +11,14 @@ goes on where it stopped.
 import platform
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from selfplay import metrics, store
 from selfplay.audit import audit
+from selfplay.canaries import make_canaries
 from selfplay.errors import GateError, Stopped
 from selfplay.filters import make_filters
 from selfplay.models import open_generator
@@ -28,8 +29,11 @@ from selfplay.recipe import Recipe
 from selfplay.recipe_file import load_recipe
 from selfplay.run import OwnParts, Round, Run, report_swept, start_run
 from selfplay.stages import (
+    judge_canaries,
     judge_groups,
     make_pairs,
+    panel_judgements,
+    read_canaries,
     read_selection,
     room_for_judge,
     sample_groups,
@@ -41,7 +45,7 @@ from selfplay.stages import (
 )
 from selfplay.train.devices import Devices
 from selfplay.train.settings import TrainJob, schedule_span, settings_at
-from selfplay.types import Group, Judgement, Prompt
+from selfplay.types import Group, Judgement, Prompt, derive_seed
 
 
 def play_round(round: Round) -> Path:
@@ -96,9 +100,26 @@ def judge(round: Round, generator: Generator, groups: list[Group]) -> list[Judge
     if round.run.judge is None:
         return None
     context = JudgeContext(round.index, round.seed("judge"), generator)
-    with timed(round.folder, "judge"), room_for_judge(round.run.judge, generator):
-        folder, name = round.folder / "judgements", f"round {round.index}, judging"
-        return judge_groups(round.run.judge, groups, context, folder, round.run.report, name)
+    with room_for_judge(round.run.judge, generator):
+        with timed(round.folder, "judge"):
+            folder, name = round.folder / "judgements", f"round {round.index}, judging"
+            judgements = judge_groups(round.run.judge, groups, context, folder, round.run.report, name)
+        show_canaries(round, round.run.judge, groups, judgements, context)
+    return judgements
+
+
+def show_canaries(
+    round: Round, judge: Judge, groups: list[Group], judgements: list[Judgement], context: JudgeContext
+) -> None:
+    """Shows the judge completions that must lose, after all real ones and in a folder of their own."""
+    if not round.run.num_canaries:
+        return
+    seed = round.seed("canaries")
+    canaries = make_canaries(groups, judgements, round.run.chat, num_prompts=round.run.num_canaries, seed=seed)
+    own = replace(context, seed=derive_seed(seed, "judge"))
+    with timed(round.folder, "canaries"):
+        folder, name = round.folder / "canaries", f"round {round.index}, judging canaries"
+        judge_canaries(judge, canaries, own, folder, round.run.report, name)
 
 
 def pair(round: Round, groups: list[Group], judgements: list[Judgement] | None) -> Selection:
@@ -114,7 +135,7 @@ def pair(round: Round, groups: list[Group], judgements: list[Judgement] | None) 
         judge=run.judge.identity if run.judge is not None else "",
         max_unparsed=recipe.unparsed_bound,
     )
-    for alarm in audit(groups, judgements, selection.pairs)["alarms"]:
+    for alarm in audit(groups, judgements, selection.pairs, read_canaries(round.folder / "canaries"))["alarms"]:
         round.run.report.note(f"round {round.index}: ALARM: {alarm}")
     return selection
 
@@ -150,6 +171,7 @@ def train_job(round: Round) -> TrainJob:
         groups=tuple(str(path) for path in shards(round.folder / "groups")),
         optimizer_state=str(before.folder / "train" / "optimizer.safetensors") if carried and round.index else None,
         keep_optimizer_state=carried,
+        pack_budget=str(round.run.folder / "pack_budget.json"),
         first_step=first_step,
         total_steps=total_steps,
         chat_template=round.run.recipe.chat.chat_template and round.run.chat.tokenizer.chat_template,
@@ -200,8 +222,16 @@ def finish_round(round: Round) -> None:
                 "num_pairs_of_earlier_rounds": sum(p.origin_round < round.index for p in selection.pairs),
                 "num_pairs_too_long": training["num_too_long"],
             },
-            "audit": audit(groups, judged if round.run.judge is not None else None, selection.pairs),
-            "judge_usage": usage_of(folder / "judgements"),
+            "audit": audit(
+                groups,
+                judged if round.run.judge is not None else None,
+                selection.pairs,
+                read_canaries(folder / "canaries"),
+            )
+            | {"calibration": round.run.calibration},
+            "judge_usage": usage_of(
+                folder / "judgements", folder / "canaries" / "judgements", *panel_judgements(folder)
+            ),
             "train": training,
             "seconds": store.read_json(folder / "seconds.json"),
             "versions": versions(),
@@ -259,8 +289,8 @@ def iterate(
             play_last_panel(run)
         except GateError as error:
             raise type(error)(
-                f"{error}\nThis run keeps its recipe. With other settings take a new --out, or do the stages that are left "
-                f"one by one on the files in {folder} (selfplay judge, pairs, train)"
+                f"{error}\nThis run keeps its recipe, but for pairs.max_unparsed. With other settings take a new --out, or do "
+                f"the stages that are left one by one on the files in {folder} (selfplay judge, pairs, train)"
             ) from error
         except KeyboardInterrupt:
             raise Stopped(f"stopped; what is finished is in {folder}. The same command goes on from there") from None

@@ -1,7 +1,6 @@
 """A run directory: opening it, continuing it, and where the files of each round lie."""
 
 import hashlib
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 from selfplay import store
 from selfplay.adapters import check_lora
 from selfplay.chat import Chat
-from selfplay.errors import DataError, RecipeError
+from selfplay.errors import RecipeError
 from selfplay.filters import NamedFilter, Programs, load_programs
 from selfplay.judges import make_judge
 from selfplay.judges.lift import function_identity
@@ -19,14 +18,20 @@ from selfplay.judges.verifier import check_verifiable
 from selfplay.models import load_chat, local_model, open_generator, prompt_room, resolve_auto
 from selfplay.panel import Panel
 from selfplay.progress import Reporter
-from selfplay.prompts import PromptPool, load_pool
+from selfplay.prompts import PromptPool, check_gold, load_pool
 from selfplay.protocols import Judge, PairFilter, PairSelector
 from selfplay.recipe import Recipe
 from selfplay.recipe_file import check_recipe, differences, dump_recipe, parse_yaml
-from selfplay.recipe_judges import API_CONDUCT
+from selfplay.recipe_filters import PythonFilterRecipe
+from selfplay.recipe_judges import API_CONDUCT, JUDGE_PLACES
+from selfplay.recipe_reward import REWARD_CONDUCT
 from selfplay.train.devices import Devices
-from selfplay.train.settings import require_optimizer
-from selfplay.types import PreferencePair, Prompt, derive_seed
+from selfplay.train.four_bit import playable
+from selfplay.train.settings import require_bitsandbytes
+from selfplay.trust import require_trust
+from selfplay.types import PreferencePair, derive_seed
+
+MACHINE_S_CHOICE = ("bf16", "max_pack_tokens")  # fields of `train` whose auto a run answers once
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +50,8 @@ class Run:
     programs: Programs  # what the recipe's filters name as programs of the user
     panel: Panel
     report: Reporter
+    num_canaries: int = 0  # prompts of a round that the judge sees canaries of
+    calibration: dict[str, Any] | None = None  # the judge on its calibration file, where the recipe names one
     devices: Devices | None = None  # those that train together; None for one
 
     def round(self, index: int) -> "Round":
@@ -124,11 +131,12 @@ def start_run(
     devices: Devices | None = None,
 ) -> Run:
     """Opens or continues a run directory. RecipeError where it holds a run of another recipe, model, data or judge."""
+    _ = recipe.prompts.needed_source  # before anything is loaded
     judge = own_judge(own.judge) if own.judge is not None else None
     selector, filters = own.selector, own.named_filters()
     if judge is None and selector is None:
         recipe.check_judged()
-    require_optimizer(recipe.train)
+    require_bitsandbytes(recipe.train)
     if selector is None:
         recipe.check_win_rates()
     recipe = _same_recipe(recipe, folder)
@@ -138,12 +146,11 @@ def start_run(
     reference = local_model(named) if named is not None else None
     chat = load_chat(str(initial), recipe.chat)
     pool = load_pool(recipe.prompts, seed=recipe.seed, chat=chat, room=prompt_room(recipe, initial))
-    for reason, count in Counter(drop.reason for drop in pool.drops).items():
-        report.note(f"prompts: {count} dropped: {reason}")
+    note_drops(pool, report)
     for index in range(recipe.rounds):  # a pool that would run out says so now, not hours from now
         dealt = pool.deal(recipe.prompts, index)
-        if selector is None and recipe.pairs.needs_gold:
-            _require_gold(dealt, recipe.pairs.kind)
+        if selector is None:
+            check_gold(recipe, dealt)
     check_verifiable(recipe, pool, judge_given=judge is not None)
     programs = load_programs(recipe.pairs, allow_code=allow_code) if filters is None else {}
     report.note(f"prompts: {len(pool.train)} for training, {len(pool.heldout)} held out (form: {pool.form})")
@@ -163,34 +170,40 @@ def start_run(
             report.note(
                 "panel: no scores, for each policy would mark its own work; name another judge in evaluate.judge"
             )
+    # before anything is written that would bind the folder to this judge
+    calibration = None if own.judge is not None else require_trust("judge", recipe, judge, folder, report)
+    require_trust("evaluate.judge", recipe, panel_judge, folder, report)
     identity = {
         "model": store.weights_digest(initial),
         "chat": hashlib.sha256(chat.template_digest_text.encode()).hexdigest(),
         "prompts": pool.digest,
         "judge": judge.identity if judge is not None else None,
         "heldout_judge": panel_judge.identity if panel_judge is not None else None,
-        "selector": type(selector).__name__ if selector is not None else None,
+        "selector": function_identity("selector", selector) if selector is not None else None,
         "filters": [one.name for one in filters or ()] + [one.identity for one in programs.values()] or None,
     }
     if reference is not None:
         identity["reference"] = store.weights_digest(reference)
     _same_identity(identity, folder)
-    if not (folder / "recipe.yaml").exists() or _read_recipe(folder).rounds != recipe.rounds:
+    pool.record(folder)
+    initial = playable(initial, folder, recipe.train)
+    old = _read_recipe(folder) if (folder / "recipe.yaml").exists() else None
+    if old != recipe:
+        for change in differences(old, recipe) if old is not None else ():
+            report.note(f"recipe: changed on this run: {change}")
         store.rewrite(folder / "recipe.yaml", dump_recipe(recipe).encode())
     heldout = pool.heldout[: recipe.evaluate.num_prompts]
     panel = Panel(recipe, heldout, panel_judge, report)
-    return Run(
-        folder, recipe, initial, reference, chat, pool, judge, selector, filters, programs, panel, report, devices
-    )
+    # what a judge of the user's own would make of canaries nobody knows, so it sees those alone that are asked for
+    count = recipe.num_canaries if own.judge is None else recipe.audit.canaries or 0
+    parts = (judge, selector, filters, programs, panel, report)
+    return Run(folder, recipe, initial, reference, chat, pool, *parts, count, calibration, devices)
 
 
-def _require_gold(prompts: Sequence[Prompt], kind: str) -> None:
-    missing = [p for p in prompts if p.gold is None]
-    if missing:
-        raise DataError(
-            f"pairs.kind {kind} needs a gold answer for every prompt, but {len(missing)} of {len(prompts)} have none (the "
-            f"first: {missing[0].id} of {missing[0].source}). Name their column in prompts.gold_column"
-        )
+def note_drops(pool: PromptPool, report: Reporter) -> None:
+    """Says what was dropped when the prompts were read; the rows themselves are in drops.jsonl."""
+    for line in pool.drop_lines:
+        report.note(f"prompts: {line}")
 
 
 def report_swept(folder: Path, report: Reporter) -> None:
@@ -215,22 +228,23 @@ def _same_recipe(recipe: Recipe, folder: Path) -> Recipe:
     if not (folder / "recipe.yaml").exists():
         return resolve_auto(recipe)
     old = _read_recipe(folder)
+    kept = {name: getattr(old.train, name) for name in MACHINE_S_CHOICE if getattr(recipe.train, name) == "auto"}
     new = recipe.model_copy(
         update={
             "generator": recipe.generator.model_copy(update={"kind": old.generator.kind})
             if recipe.generator.kind == "auto"
             else recipe.generator,
-            "train": recipe.train.model_copy(update={"bf16": old.train.bf16})
-            if recipe.train.bf16 == "auto"
-            else recipe.train,
+            "train": recipe.train.model_copy(update=kept),
         }
     )
     # run.json tells a moved model or data set from another one; the rest changes no result
-    free = ["description", "model", "prompts.source", "prompts.heldout", "train.save_steps"]
-    free += [f"{section}.{key}" for section in ("judge", "evaluate.judge") for key in API_CONDUCT]
+    free = ["description", "model", "prompts.source", "prompts.heldout", "prompts.heldout.source", "chat.chat_template"]
+    free += ["train.save_steps", "audit.canaries", "pairs.max_unparsed"]
+    conduct = (*API_CONDUCT, *REWARD_CONDUCT, *JUDGE_PLACES)
+    free += [f"{section}.{key}" for section in ("judge", "evaluate.judge") for key in conduct]
     if old.train.reference_path is not None and new.train.reference_path is not None:
         free.append("train.reference")
-    changed = [d for d in differences(old, new) if d.partition(":")[0] not in free]
+    changed = [d for d in differences(_without_targets(old), _without_targets(new)) if d.partition(":")[0] not in free]
     if [d for d in changed if not d.startswith("rounds:")] or new.rounds < old.rounds:
         raise RecipeError(
             f"{folder} holds a run of another recipe; only more `rounds` may be asked of it. Take a new --out, or undo:\n  "
@@ -239,6 +253,15 @@ def _same_recipe(recipe: Recipe, folder: Path) -> Recipe:
     if changed and recipe.train.schedule_scope == "run":
         raise RecipeError(f"{folder}: with schedule_scope: run the schedule spans all rounds, so `rounds` can't change")
     return new
+
+
+def _without_targets(recipe: Recipe) -> Recipe:
+    """The recipe without the places of its filters' programs, whose sources are in run.json."""
+    filters = [
+        one.model_copy(update={"target": ""}) if isinstance(one, PythonFilterRecipe) else one
+        for one in recipe.pairs.filters
+    ]
+    return recipe.model_copy(update={"pairs": recipe.pairs.model_copy(update={"filters": filters})})
 
 
 def _same_identity(identity: dict[str, Any], folder: Path) -> None:

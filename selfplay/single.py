@@ -25,8 +25,10 @@ from selfplay.prompts import load_pool
 from selfplay.protocols import FilterContext, Judge, JudgeContext
 from selfplay.recipe import Recipe
 from selfplay.recipe_judges import JudgeRecipe, LLMJudgeRecipe
-from selfplay.run import report_swept
+from selfplay.run import note_drops, report_swept
 from selfplay.stages import judge_groups, make_pairs, room_for_judge, sample_groups, sampling_at, shards
+from selfplay.train.four_bit import playable
+from selfplay.trust import require_trust
 from selfplay.types import Group, Judgement, PreferencePair, derive_seed
 
 IDENTITY = "stage.json"
@@ -84,14 +86,23 @@ def generate(recipe: Recipe, model: str, out: Path, *, round: int, report: Repor
         "chat": text_digest(chat.template_digest_text),
         "prompts": text_digest([[p.id, p.gold, p.checks] for p in prompts]),
         "sampling": asdict(sampling),
-        "generator": recipe.generator.kind,
+        "generator": _engine(recipe),
+        "gold": recipe.pairs.needs_gold,
     }
-    seed = derive_seed(recipe.seed, round, "engine")
-    with (
-        claimed(out, identity, report),
-        open_generator(recipe.generator, folder, chat, seed=seed, encode_gold=recipe.pairs.needs_gold) as generator,
-    ):
-        return sample_groups(generator, prompts, sampling, out, report, f"round {round}, sampling")
+    if recipe.train.lora is not None and recipe.train.lora.load_in_4bit:
+        identity["load_in_4bit"] = True
+    seed, gold = derive_seed(recipe.seed, round, "engine"), recipe.pairs.needs_gold
+    with claimed(out, identity, report):
+        note_drops(pool, report)
+        pool.record(out)
+        start = playable(folder, out, recipe.train)
+        with open_generator(recipe.generator, start, chat, seed=seed, encode_gold=gold) as generator:
+            return sample_groups(generator, prompts, sampling, out, report, f"round {round}, sampling")
+
+
+def _engine(recipe: Recipe) -> dict[str, Any]:
+    """What of the generator decides which completions are drawn, beside the sampling."""
+    return recipe.generator.model_dump(mode="json", include={"kind", "dtype", "max_model_len", "engine_args"})
 
 
 def text_digest(value: Any) -> str:
@@ -118,8 +129,11 @@ def judge_here(
     round: int,
     allow_code: bool,
     report: Reporter,
+    trusted: bool = False,
 ) -> list[Judgement]:
-    """The judge's scores of groups, as shards in `out`; `inputs` says whose work that folder holds."""
+    """The judge's scores of groups, as shards in `out`; `inputs` says whose work that folder holds. A reward model that isn't
+    shown to beat a coin is refused, unless it is `trusted`.
+    """
     if recipe.judge is None:
         raise RecipeError("judge: the recipe has none")
     asked = open_judge(recipe, recipe.judge, allow_code=allow_code)
@@ -129,8 +143,11 @@ def judge_here(
     identity = inputs | {"judge": asked.identity, "model": None}
     seed = derive_seed(recipe.seed, round, "judge")
     if not own or model is None:
-        with claimed(out, identity, report), room_for_judge(asked, None):
-            return judge_groups(asked, groups, JudgeContext(round, seed), out, report, f"round {round}, judging")
+        with claimed(out, identity, report):
+            if not trusted:
+                require_trust("judge", recipe, asked, out, report)
+            with room_for_judge(asked, None):
+                return judge_groups(asked, groups, JudgeContext(round, seed), out, report, f"round {round}, judging")
     recipe, folder = resolve_auto(recipe), local_model(model)
     identity["model"] = store.weights_digest(folder)
     chat, engine_seed = load_chat(str(folder), recipe.chat), derive_seed(recipe.seed, round, "engine")
@@ -223,7 +240,7 @@ def evaluate(recipe: Recipe, model: str, out: Path, *, allow_code: bool, report:
     panel_judge = open_judge(recipe, asked, allow_code=allow_code) if asked is not None else None
     panel = Panel(recipe, prompts, panel_judge, report)
     digests = store.weights_digest(folder), store.weights_digest(initial)
-    identity = {
+    identity: dict[str, Any] = {
         "stage": "evaluate",
         "model": digests[0],
         "initial": digests[1],
@@ -231,10 +248,17 @@ def evaluate(recipe: Recipe, model: str, out: Path, *, allow_code: bool, report:
         "prompts": text_digest([[p.id, p.gold, p.checks] for p in prompts]),
         "judge": panel_judge.identity if panel_judge is not None else None,
         "sampling": asdict(panel.sampling(between=False)),
-        "generator": recipe.generator.kind,
+        "generator": _engine(recipe),
+        "greedy": recipe.evaluate.greedy,
+        "kl": recipe.evaluate.kl,
     }
     is_initial = digests[0] == digests[1]
+    if recipe.train.lora is not None and recipe.train.lora.load_in_4bit:
+        identity["load_in_4bit"] = True
     with claimed(out, identity, report):
+        note_drops(pool, report)
+        pool.record(out)
+        folder, initial = (playable(one, out, recipe.train) for one in (folder, initial))
         with open_generator(recipe.generator, folder, chat, seed=derive_seed(recipe.seed, 0, "engine")) as generator:
             index = -1 if is_initial else recipe.rounds - 1
             panel.sample(generator, out, round=index, between=False)

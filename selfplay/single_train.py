@@ -17,7 +17,7 @@ from selfplay.recipe import Recipe
 from selfplay.recipe_train import reads
 from selfplay.single import claimed, read_shards, text_digest
 from selfplay.train.devices import Devices
-from selfplay.train.settings import TrainJob, require_optimizer, schedule_span, settings_at
+from selfplay.train.settings import TrainJob, require_bitsandbytes, schedule_span, settings_at
 from selfplay.types import Demonstration, Drop, PreferencePair, derive_seed
 
 
@@ -45,7 +45,7 @@ def train(recipe: Recipe, inputs: TrainInputs, out: Path, report: Reporter) -> d
     """What stands in train/result.json; `out` then holds policy/."""
     recipe = resolve_auto(recipe)
     _check_inputs(recipe, inputs)
-    require_optimizer(recipe.train)
+    require_bitsandbytes(recipe.train)
     folder = local_model(inputs.model)
     check_lora(folder, recipe.train.lora)
     chat = load_chat(str(folder), recipe.chat)
@@ -54,9 +54,11 @@ def train(recipe: Recipe, inputs: TrainInputs, out: Path, report: Reporter) -> d
         if (out / "policy").exists():
             store.remove_folder(out / "train" / "checkpoints")  # a kill may have come between the two
         else:
+            from selfplay.train.four_bit import playable
             from selfplay.train.launch import launch
 
-            launch(replace(job, pairs=str(_our_rows(recipe, inputs, chat, out, report))), report, inputs.devices)
+            start, rows = playable(folder, out, recipe.train), _our_rows(recipe, inputs, chat, out, report)
+            launch(replace(job, policy=str(start), pairs=str(rows)), report, inputs.devices)
         result: dict[str, Any] = store.read_json(out / "train" / "result.json")
     return result
 
@@ -128,7 +130,9 @@ def _identity(job: TrainJob, inputs: TrainInputs, recipe: Recipe, chat: Chat) ->
         "optimizer_state": store.file_digest(Path(state)) if state is not None else None,
         "schedule": [job.first_step, job.total_steps],
         "chat": text_digest(chat.template_digest_text),
-        "rows": [recipe.prompts.system_prompt, recipe.prompts.prompt_column, recipe.prompts.max_prompt_length],
+        "rows": recipe.prompts.model_dump(
+            include={"system_prompt", "prompt_column", "gold_column", "turns", "max_prompt_length"}
+        ),
     }
 
 

@@ -11,20 +11,31 @@ from pathlib import Path
 from typing import Any
 
 from selfplay import store
+from selfplay.canaries import Canary, CanaryVerdict, verdicts_on
 from selfplay.errors import GeneratorError, NoPairsError, StorageError
 from selfplay.filters import FilterCounts, NamedFilter, apply_filters
 from selfplay.generators.generator import EngineGenerator
 from selfplay.judges.contract import check_unparsed, judge_checked
 from selfplay.judges.journal import USAGE
 from selfplay.judges.llm import LLMJudge
+from selfplay.judges.reward_model import RewardModelJudge
 from selfplay.pairs import Selection, select_pairs
 from selfplay.progress import Advance, Reporter
-from selfplay.protocols import FilterContext, Generator, Judge, JudgeContext, PairSelector, StagedJudge
+from selfplay.protocols import (
+    CountingJudge,
+    FilterContext,
+    Generator,
+    Judge,
+    JudgeContext,
+    PairSelector,
+    StagedJudge,
+)
 from selfplay.recipe import GeneratorRecipe
 from selfplay.recipe_values import at_round
 from selfplay.types import Drop, Group, Judgement, PreferencePair, Prompt, Sampling
 
 SHARD_PROMPTS = 256
+CANARIES = "verdicts.jsonl"
 
 
 @contextlib.contextmanager
@@ -73,8 +84,9 @@ def sample_groups(
             chunk = prompts[number : number + SHARD_PROMPTS]
             path = shard_path(folder, number // SHARD_PROMPTS)
             if not path.exists():
+                count = sampling.num_completions
                 advance = advance or stack.enter_context(
-                    report.stage(name, len(prompts) * sampling.num_completions, "completions")
+                    report.stage(name, len(prompts) * count, "completions", done=len(groups) * count)
                 )
                 store.write_records(path, _generate(generator, chunk, sampling, advance, len(groups)), Group)
             found = store.read_records(path, Group)
@@ -89,8 +101,8 @@ def shard_path(folder: Path, number: int) -> Path:
 
 
 def shards(folder: Path) -> list[Path]:
-    """The finished shards of a folder, in order."""
-    return sorted(folder.glob("*.jsonl"))
+    """The finished shards of a folder, in order; drops.jsonl, which may lie beside them, is none."""
+    return sorted(folder.glob("[0-9]*.jsonl"))
 
 
 def _generate(
@@ -118,18 +130,25 @@ def judge_groups(
 ) -> list[Judgement]:
     """One checked judgement per group, in shards like the groups'."""
     judgements: list[Judgement] = []
+    unit, done = "prompts" if _verdicts_of(judge, groups) is None else "verdicts", 0
     with contextlib.ExitStack() as stack:
         advance = None
         for number in range(0, len(groups), SHARD_PROMPTS):
             chunk = groups[number : number + SHARD_PROMPTS]
             path = shard_path(folder, number // SHARD_PROMPTS)
+            count = _verdicts_of(judge, chunk)
             if not path.exists():
                 if advance is None:
-                    advance = stack.enter_context(report.stage(name, len(groups), "prompts"))
+                    total = _verdicts_of(judge, groups)
+                    advance = stack.enter_context(
+                        report.stage(name, len(groups) if total is None else total, unit, done=done)
+                    )
                     if isinstance(judge, StagedJudge):
                         stack.enter_context(judge.stage(folder, report.note))
-                store.write_records(path, judge_checked(judge, chunk, context), Judgement)
-                advance(number + len(chunk))
+                told = replace(context, progress=_counted_from(advance, done))
+                store.write_records(path, judge_checked(judge, chunk, told), Judgement)
+                advance(done + (len(chunk) if count is None else count))
+            done += len(chunk) if count is None else count
             found = store.read_records(path, Judgement)
             if [j.prompt_id for j in found] != [g.prompt.id for g in chunk]:
                 raise StorageError(f"{path}: holds the judgements of other prompts; delete it to judge anew")
@@ -137,17 +156,50 @@ def judge_groups(
     return judgements
 
 
-def usage_of(judgements: Path) -> dict[str, Any] | None:
-    """What the judging of a folder has asked of an endpoint: calls, tokens, cost. None where none was asked."""
-    path = judgements / USAGE
-    found: dict[str, Any] | None = store.read_json(path) if path.exists() else None
-    return found
+def judge_canaries(
+    judge: Judge, canaries: Sequence[Canary], context: JudgeContext, folder: Path, report: Reporter, name: str
+) -> None:
+    """The judge's verdicts on canaries, in verdicts.jsonl of `folder`; see canaries.py. Nothing where there are none."""
+    path = folder / CANARIES
+    if canaries and not path.exists():
+        judged = judge_groups(judge, [one.group for one in canaries], context, folder / "judgements", report, name)
+        store.write_json_lines(path, [asdict(verdict) for verdict in verdicts_on(canaries, judged)])
+
+
+def read_canaries(folder: Path) -> list[CanaryVerdict]:
+    """What `judge_canaries` left in a folder; rounds without canaries have none."""
+    path = folder / CANARIES
+    return [CanaryVerdict(**row) for row in store.read_json_lines(path)] if path.exists() else []
+
+
+def _verdicts_of(judge: Judge, groups: Sequence[Group]) -> int | None:
+    return judge.count_verdicts(groups) if isinstance(judge, CountingJudge) else None
+
+
+def _counted_from(advance: Advance, before: int) -> Advance:
+    return lambda done: advance(before + done)
+
+
+def usage_of(*judgements: Path) -> dict[str, Any] | None:
+    """What the judging of these folders together has asked of an endpoint: calls, tokens, cost. None where none was asked;
+    the cost is None where one of them has none.
+    """
+    found = [store.read_json(folder / USAGE) for folder in judgements if (folder / USAGE).exists()]
+    if not found:
+        return None
+    counts = {key: [usage[key] for usage in found] for key in found[0]}
+    return {key: None if None in values else sum(values) for key, values in counts.items()}
+
+
+def panel_judgements(folder: Path) -> list[Path]:
+    """Where the judgements of the panel of a round, or of the initial policy, lie."""
+    return sorted((folder / "heldout").glob("*-judgements"))
 
 
 @contextlib.contextmanager
 def room_for_judge(judge: Judge | None, generator: Generator | None) -> Iterator[None]:
     """Where the judge has a model of its own, gives it the machine: the policy's engine is freed before, the judge's after."""
-    if isinstance(judge, LLMJudge) and judge.model != "policy":
+    if isinstance(judge, RewardModelJudge) or (isinstance(judge, LLMJudge) and judge.model != "policy"):
         if isinstance(generator, EngineGenerator):
             generator.close()
         with judge:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError
 
 from selfplay import faults
 from selfplay.adapters import base_folder, is_adapter
@@ -24,6 +25,8 @@ from selfplay.types import Demonstration, Drop, Group, Judgement, PreferencePair
 
 R = TypeVar("R")
 TEMPORARY = ".unfinished"
+# safetensors reports a full disk as an error of its own, which is no OSError
+WRITE_ERRORS = (OSError, SafetensorError)
 
 
 _ADAPTERS: dict[Any, TypeAdapter[Any]] = {
@@ -70,13 +73,17 @@ def _commit(path: Path, write: Callable[[Path], object]) -> None:
         temporary.replace(path)
         _sync(path.parent)
         faults.hit("store.file.done")
-    except OSError as error:
+    except WRITE_ERRORS as error:
         with contextlib.suppress(OSError):  # it may not be there, or its folder may not be one
             temporary.unlink()
         raise StorageError(
-            f"{path}: can't be written ({error.strerror}). Free space or mend the permissions; "
+            f"{path}: can't be written ({_reason(error)}). Free space or mend the permissions; "
             "the same command then goes on from the last finished file"
         ) from error
+
+
+def _reason(error: OSError | SafetensorError) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 def rewrite(path: Path, data: bytes) -> None:
@@ -215,10 +222,10 @@ def write_folder(path: Path, write: Callable[[Path], object]) -> None:
         temporary.replace(path)
         _sync(path.parent)
         faults.hit("store.folder.done")
-    except OSError as error:
+    except WRITE_ERRORS as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise StorageError(
-            f"{path}: can't be written ({error.strerror or error}). Free space, then run the same command"
+            f"{path}: can't be written ({_reason(error)}). Free space, then run the same command"
         ) from error
 
 

@@ -75,6 +75,7 @@ class Judgement:
 
     `notes` says per completion why there is no verdict, or what the judge remarked. Of a pairwise judge `num_compared` is
     how many comparisons have a verdict in both orders, and `num_flipped` in how many of these the orders contradict.
+    `verdicts` are those drawn on each question, where there were several: how far they agree says how sure the judge is.
     """
 
     prompt_id: str
@@ -82,6 +83,7 @@ class Judgement:
     notes: tuple[str, ...] = ()
     num_compared: int = 0
     num_flipped: int = 0
+    verdicts: tuple[tuple[float | None, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,10 +166,13 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """A row that left a stage, and why. Rows in = rows out + drops, checked in code."""
+    """A row that left a stage, why, and where it was read, where that is known. Rows in = rows out + drops, checked in
+    code.
+    """
 
     id: str
     reason: str
+    source: str = ""
 
 
 def prompt_id(messages: tuple[Message, ...], tools: tuple[dict[str, Any], ...] | None = None) -> str:

@@ -12,8 +12,10 @@ JUDGED = {"kind": "verifier", "checks": [{"kind": "words", "min": 9}, {"kind": "
 
 
 def write_recipe(folder: Path, model: Path, /, **sections: Any) -> Path:
-    """A recipe in `folder` and its prompts: 8 a round, 8 held out."""
-    rows = [{"prompt": f"Tell me about thing {n}."} for n in range(32)]
+    """A recipe in `folder` and its prompts: 8 a round, 8 held out; two rows are the same and one is empty."""
+    rows = [
+        {"prompt": text} for text in (*(f"Tell me about thing {n}." for n in range(32)), "Tell me about thing 0.", "")
+    ]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data: dict[str, Any] = {
         "model": str(model),

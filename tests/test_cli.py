@@ -14,7 +14,7 @@ from scripted_run import ok, write_recipe
 
 from selfplay import cli, store
 from selfplay.cli import main
-from selfplay.types import Completion, Group, Judgement, Message, Prompt
+from selfplay.types import Completion, Drop, Group, Judgement, Message, Prompt
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +72,19 @@ def test_status_prints_json_of_every_policy_and_the_gain(run: Path, capsys: pyte
     assert low <= figures["gain"] <= high
 
 
+def test_what_was_dropped_when_the_prompts_were_read_is_in_status_and_in_a_file(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ok("status", run, "--json")
+    read = json.loads(capsys.readouterr().out)["prompts"]
+    assert read["dropped"] == {"empty prompt": 1, "duplicate": 1}
+    assert read["num_rows"] == 34 == read["num_train"] + read["num_heldout"] + sum(read["dropped"].values())
+    kept = store.read_records(run / "drops.jsonl", Drop)
+    assert sorted(drop.source.rpartition(":")[2] for drop in kept) == ["33", "34"]
+    ok("status", run)
+    assert "reading  1 duplicate; 1 empty prompt" in capsys.readouterr().out
+
+
 def test_compare_shows_a_row_for_each_run_and_their_mean_gain(
     run: Path, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -102,6 +115,29 @@ def test_status_tells_of_a_round_that_is_not_finished(
         (copy / "round-001" / name).unlink()
     ok("status", copy)
     assert "round 1: not finished, trained so far" in capsys.readouterr().out
+
+
+def test_status_tells_how_many_of_a_rounds_prompts_are_sampled_and_judged(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    second = copy / "round-001"
+    for name in ("round.json", "eval.json", "pairs.jsonl", "drops.jsonl"):
+        (second / name).unlink()
+    shutil.rmtree(second / "policy")
+    monkeypatch.setattr("selfplay.metrics.SHARD_PROMPTS", 5)
+    ok("status", copy)
+    assert "round 1: not finished, judging 5 of 8 prompts so far" in capsys.readouterr().out
+    shutil.rmtree(second / "judgements")
+    ok("status", copy)
+    assert "round 1: not finished, sampling 5 of 8 prompts so far" in capsys.readouterr().out
+    monkeypatch.setattr("selfplay.metrics.SHARD_PROMPTS", 8)
+    ok("status", copy)
+    assert "round 1: not finished, sampled 8 of 8 prompts so far" in capsys.readouterr().out
+    shutil.rmtree(second / "groups")
+    ok("status", copy)
+    assert "round 1: not finished, started so far" in capsys.readouterr().out
 
 
 def test_show_prints_completions_scores_and_pairs(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -197,13 +233,57 @@ def test_validate_lists_every_recipe_and_exits_with_the_first_fault(
             "evaluate.judge.checks",
         ),
         ({"prompts": {"source": "prompts.jsonl", "num_prompts": 8, "heldout": "held.jsonl"}}, "prompts.heldout"),
+        ({"prompts": {"source": "./none", "num_prompts": 8}}, "prompts.source"),
+        (
+            {"prompts": {"source": "prompts.jsonl", "num_prompts": 8, "heldout": {"source": "./none"}}},
+            "prompts.heldout",
+        ),
+        ({"judge": {"kind": "llm", "verdict": "labels"}}, "judge: judge.template: additive has no `labels`"),
+        ({"judge": {"kind": "llm", "template": "yes_no"}}, "yes_no has no `parse`"),
+        ({"judge": {"kind": "llm", "num_verdicts": 2, "temperature": 0}}, "judge.num_verdicts is 2"),
+        (
+            {"evaluate": {"judge": {"kind": "api", "base_url": "http://x/v1", "model": "m", "template": "yes_no"}}},
+            "evaluate.judge: judge.template: yes_no",
+        ),
+        ({"judge": {"kind": "python", "target": "recipe.yaml.py:f"}}, "no such file"),
+        (
+            {"pairs": {"filters": [{"kind": "python", "target": "no_such_module_here:f"}]}},
+            "pairs.filters.0.target",
+        ),
+        ({"judge": {"kind": "verifier"}}, "nothing to check: none of 24 prompts has checks"),
     ],
+    ids=str,
 )
 def test_validate_finds_what_a_run_would_stumble_over(
     sections: dict[str, Any], said: str, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["validate", str(write_recipe(tmp_path, tiny, **sections))]) in (64, 65)
     assert said in capsys.readouterr().err
+
+
+def test_validate_reads_programs_and_runs_them_only_when_allowed(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program = tmp_path / "my.py"
+    program.write_text("import no_such_module_here\n\ndef f(prompt, completion):\n    return 1.0\n")
+    path = write_recipe(tmp_path, tiny, judge={"kind": "python", "target": "my.py:f"})
+    ok("validate", path)
+    assert main(["validate", str(path), "--allow-code"]) == 69
+    assert "my.py failed on import: ModuleNotFoundError" in capsys.readouterr().err
+    program.write_text("def f(prompt):\n    return 1.0\n")
+    assert main(["validate", str(path), "--allow-code"]) == 64
+    assert "a judge function takes" in capsys.readouterr().err
+
+
+def test_validate_finds_a_row_whose_checks_can_not_be_run(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_recipe(tmp_path, tiny)
+    row = {"prompt": "Say it.", "checks": [{"kind": "words", "least": 3}]}
+    with (tmp_path / "prompts.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    assert main(["validate", str(path)]) == 65
+    assert "prompts.jsonl:35: checks: check 'words': no argument 'least'" in capsys.readouterr().err
 
 
 def test_the_recipes_are_listed_and_a_copy_of_each_is_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,9 +10,9 @@ from scripted_run import write_recipe
 from scripted_server import Act, Asked, Server, http, says
 
 from selfplay import store
-from selfplay.calibrate import calibration, chosen_place, labelled_group
 from selfplay.cli import main
 from selfplay.errors import RecipeError
+from selfplay.labelled import calibration, chosen_place, labelled_group
 from selfplay.preferences import Labelled, read_labelled
 from selfplay.recipe_file import check_recipe
 from selfplay.types import Completion, Group, Judgement, Message, Prompt, prompt_id
@@ -123,6 +123,24 @@ def test_a_calibration_that_stopped_goes_on_and_asks_nothing_twice(
         assert len(server.asked) == before + 40 - 12
 
 
+def test_the_calls_of_the_panels_are_counted_with_those_of_their_round(
+    tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def by_text(asked: Asked) -> Act:
+        return says(f"Score: {sum(asked.text.encode()) % 6}")
+
+    with Server(by_text) as server:
+        judge = api(server.url, prompt_price=1.0, completion_price=1.0)
+        out = tmp_path / "run"
+        run(capsys, "iterate", write_recipe(tmp_path, tiny, rounds=1, judge=judge), "--out", out)
+    found = json.loads(run(capsys, "status", out, "--json"))
+    initial, first = found["initial"]["judge_usage"], found["rounds"][0]["judge_usage"]
+    assert initial["num_calls"] == 8 * (2 + 1)
+    assert initial["num_calls"] + first["num_calls"] == len(server.asked)
+    assert first["cost"] == pytest.approx((first["prompt_tokens"] + first["completion_tokens"]) * 1e-6)
+    assert f"the panel of the initial policy: {initial['num_calls']} calls" in run(capsys, "status", out)
+
+
 def test_the_place_of_the_chosen_completion_tells_nothing(tmp_path: Path) -> None:
     rows, _ = read_labelled(str(jsonl(tmp_path / "pairs.jsonl", ROWS)))
     places = [chosen_place(row) for row in rows]
@@ -198,7 +216,11 @@ def test_validate_tells_of_a_key_variable_that_is_not_set(
         ({"prompt_price": 1.0}, "both prompt_price and completion_price"),
         ({"requests_per_minute": 0.0}, "judge.requests_per_minute"),
         ({"timeout": 0.0}, "judge.timeout"),
-        ({"verdict": "labels"}, "judge.verdict: unknown key"),
+        ({"verdict": "guessed"}, "judge.verdict"),
+        ({"verdict": "labels", "temperature": 0.1}, "labels draws nothing, so temperature changes nothing"),
+        ({"constraint": "structured_outputs"}, "constraint is read with verdict: constrained alone"),
+        ({"top_logprobs": 5}, "top_logprobs is read with verdict: labels alone"),
+        ({"verdict": "labels", "top_logprobs": 21}, "judge.top_logprobs"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -221,7 +243,8 @@ def test_a_round_judged_by_an_endpoint_tells_its_audit_and_its_cost(
 
     with Server(longer) as server:
         judge = api(server.url, prompt_price=1.0, completion_price=1.0)
-        recipe = write_recipe(tmp_path, tiny, rounds=1, judge=judge, evaluate={"judge": {"kind": "coin"}})
+        coin, none = {"judge": {"kind": "coin"}}, {"canaries": 0}
+        recipe = write_recipe(tmp_path, tiny, rounds=1, judge=judge, evaluate=coin, audit=none)
         out = tmp_path / "run"
         run(capsys, "iterate", recipe, "--out", out)
         asked = len(server.asked)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import make_tiny_model
+from transformers.utils import logging
 
 from selfplay.chat import Chat
 from selfplay.errors import DataError, GeneratorError, RecipeError
@@ -235,6 +236,12 @@ def test_score_labels_are_exact_logps(generator: EngineGenerator, hf: "torch.nn.
         with torch.inference_mode():
             expected = hf(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)[labels]
         torch.testing.assert_close(torch.tensor(row), expected, atol=2e-4, rtol=0)
+
+
+def test_loading_draws_no_bar_of_its_own(settings: EngineSettings, capfd: pytest.CaptureFixture[str]) -> None:
+    logging.enable_progress_bar()
+    TransformersEngine(settings).close()
+    assert "Loading weights" not in capfd.readouterr().err
 
 
 def test_bfloat16_is_what_auto_takes_for_a_float32_policy(settings: EngineSettings) -> None:

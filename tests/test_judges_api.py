@@ -69,6 +69,19 @@ def test_an_endpoint_scores_as_the_llm_judge_does_and_is_sent_what_the_recipe_sa
     assert seeds == {derive_seed(7, g.prompt.id, k, 0) for g in groups for k in range(len(g.completions))}
 
 
+def test_progress_is_told_reply_by_reply_those_that_were_there_before_too(tmp_path):
+    told, groups = [], groups_of(2)
+    context = JudgeContext(seed=7, progress=told.append)
+    with Server(graded) as server:
+        judge = make_api_judge(server.url, num_verdicts=2)
+        assert judge.count_verdicts(groups) == 8
+        with judge.stage(tmp_path, lambda text: None):
+            judge.judge(groups[:1], context)
+            judge.judge(groups, context)
+    assert told == [*range(1, 5), *range(1, 9)]
+    assert len(server.asked) == 8
+
+
 def test_what_the_environment_says_about_other_accounts_is_not_sent(monkeypatch):
     for name in ("OPENAI_API_KEY", "OPENAI_ADMIN_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):
         monkeypatch.setenv(name, f"other-{name}")
@@ -244,6 +257,18 @@ def test_a_server_that_goes_down_stops_the_stage_and_nothing_is_asked_twice_on_r
         assert usage_of(tmp_path)["num_calls"] == 40
         assert judge_in(tmp_path, again, groups) == judgements
     assert len(server.asked) == 40 + MAX_FAILURES
+
+
+def test_a_server_that_refuses_many_questions_in_a_row_is_up(tmp_path):
+    groups = groups_of(30)
+
+    def script(asked):
+        return graded(asked) if asked.number >= MAX_FAILURES + 4 else http(400)
+
+    with Server(script) as server:
+        judgements = judge_in(tmp_path, make_api_judge(server.url, max_concurrency=1), groups)
+    scores = [score for judgement in judgements for score in judgement.scores]
+    assert scores.count(None) == MAX_FAILURES + 4
 
 
 def test_a_kill_in_the_middle_of_a_line_loses_that_reply_alone(tmp_path):

@@ -22,6 +22,20 @@ def make_group(*texts: str, ask: str = "say something") -> Group:
     return Group(Prompt(prompt_id(messages), messages), (1, 2), tuple(Completion(text) for text in texts))
 
 
+@pytest.mark.parametrize("is_async", [False, True], ids=["plain", "async"])
+def test_progress_is_told_call_by_call(is_async):
+    async def later(prompt, *completions):
+        return 1.0
+
+    groups = [make_group("a", "b", "c"), make_group("d", "e", ask="again")]
+    function = later if is_async else lambda prompt, *completions: 1.0
+    for lift, total in ((pointwise, 5), (pairwise, 8)):
+        judge, told = lift(function), []
+        judge.judge(groups, JudgeContext(progress=told.append))
+        assert judge.count_verdicts(groups) == total
+        assert told == list(range(1, total + 1))
+
+
 groups_of_texts = st.lists(
     st.lists(st.text("abc", max_size=4), min_size=1, max_size=5).map(lambda texts: make_group(*texts)),
     max_size=4,

@@ -56,16 +56,19 @@ class ScriptedModel:
         self.requests = []
         self.finish_reason = "stop"
 
-    def complete(self, requests):
+    def complete(self, requests, *, progress=lambda results, tokens: None):
         self.requests += requests
         results = {}
         for request in reversed(requests):
             said = self.say(self.chat.tokenizer.decode(list(request.prompt_token_ids)), request)
             ids = tuple(self.chat.tokenizer.encode(said))
             results[request.id] = Result(request.id, ids, (0.0,) * len(ids), self.finish_reason, None)
+            progress(len(results), 0)
         return results
 
-    def score_labels(self, prompts, label_token_ids):
+    def score_labels(self, prompts, label_token_ids, *, progress=lambda done: None):
+        for done in range(len(prompts)):
+            progress(done + 1)
         return [list(self.logps) for _ in prompts]
 
 
@@ -88,6 +91,29 @@ def test_the_policy_judges_on_the_engine_in_the_context(chat):
     judgements = judge_checked(judge, groups, JudgeContext(generator=model))
     assert [j.scores for j in judgements] == [(1.0, 4.0), (4.0,)]
     assert isinstance(judge, Judge)
+
+
+@pytest.mark.parametrize(
+    ("template", "changes", "total"),
+    [(ADDITIVE, {"num_verdicts": 3}, 9), (PAIRWISE, {}, 2), (LABELS, {"verdict": "labels"}, 3)],
+    ids=["several verdicts", "pairwise", "labels"],
+)
+def test_progress_is_told_verdict_by_verdict_up_to_the_count(chat, template, changes, total):
+    judge, told = make_judge(template, **changes), []
+    groups = [make_group("a", "b"), make_group("c", ask="name two")]
+    judge.judge(groups, JudgeContext(generator=ScriptedModel(chat), progress=told.append))
+    assert judge.count_verdicts(groups) == total
+    assert told == list(range(1, total + 1))
+
+
+def test_verdicts_that_need_no_question_are_done_at_once(chat):
+    gold, told = load_template("correctness", Path()), []
+    groups = [make_group("a", "b"), make_group("c", ask="name two")]
+    groups[1] = replace(groups[1], prompt=replace(groups[1].prompt, gold="c"))
+    judge = make_judge(gold)
+    judge.judge(groups, JudgeContext(generator=ScriptedModel(chat), progress=told.append))
+    assert judge.count_verdicts(groups) == 3
+    assert told == [3]
 
 
 def test_several_verdicts_are_averaged_over_those_that_can_be_read(chat):
@@ -271,10 +297,10 @@ def test_an_identity_holds_whatever_a_verdict_depends_on():
 
 def test_an_engine_that_loses_a_request_is_an_error(chat):
     class Losing(ScriptedModel):
-        def complete(self, requests):
+        def complete(self, requests, *, progress):
             return dict(list(super().complete(requests).items())[1:])
 
-        def score_labels(self, prompts, label_token_ids):
+        def score_labels(self, prompts, label_token_ids, *, progress):
             return []
 
     context = JudgeContext(generator=Losing(chat))

@@ -5,13 +5,14 @@ import pytest
 from selfplay.errors import JudgeError, RecipeError, SecurityError
 from selfplay.judges.contract import judge_checked
 from selfplay.judges.python import load_python_judge
-from selfplay.protocols import Judge, JudgeContext
+from selfplay.protocols import Judge, JudgeContext, StagedJudge
 from selfplay.types import Completion, Group, Message, Prompt
 
 GROUP = Group(Prompt("p", (Message("user", "hi"),)), (1,), (Completion("aaa"), Completion("b")))
 FILE = """
 from dataclasses import dataclass
 from pathlib import Path
+from contextlib import contextmanager
 
 from selfplay.judges.lift import pairwise, pointwise
 from selfplay.types import Judgement
@@ -41,6 +42,15 @@ class Always:
         return [Judgement(g.prompt.id, (self.value,) * len(g.completions)) for g in groups]
 
 always = Always(0.5)
+
+class Staged(Always):
+    @contextmanager
+    def stage(self, folder, note):
+        note("opened")
+        yield
+        note("closed")
+
+staged = Staged(1.0)
 one = lambda prompt: 1.0
 four = lambda a, b, c, d: 1.0
 def keyword(prompt, completion, *, must): return 1.0
@@ -73,6 +83,17 @@ def test_functions_and_objects_of_a_file_become_judges(folder, name, wanted):
     judge = load_python_judge(f"my_judges.py:{name}", folder, allow_code=True)
     assert isinstance(judge, Judge)
     assert scores(judge) == wanted
+
+
+def test_a_loaded_judge_that_has_stages_gets_them(folder, tmp_path):
+    judge = load_python_judge("my_judges.py:staged", folder, allow_code=True)
+    assert isinstance(judge, StagedJudge)
+    said = []
+    with judge.stage(tmp_path, said.append):
+        assert scores(judge) == (1.0, 1.0)
+    assert said == ["opened", "closed"]
+    with load_python_judge("my_judges.py:always", folder, allow_code=True).stage(tmp_path, said.append):
+        assert len(said) == 2
 
 
 @pytest.mark.parametrize("target", ["my_judges.py:shorter", "my_judges.py:nothing", "missing.py:x", "os.path:join"])

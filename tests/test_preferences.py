@@ -9,7 +9,14 @@ from tiny import END
 
 from selfplay.chat import Chat
 from selfplay.errors import DataError
-from selfplay.preferences import Preferences, holds_preferences, our_records, read_demonstrations, read_preferences
+from selfplay.preferences import (
+    Preferences,
+    holds_preferences,
+    our_records,
+    read_demonstrations,
+    read_labelled,
+    read_preferences,
+)
 from selfplay.recipe import PromptsRecipe
 from selfplay.types import Demonstration, Message, PreferencePair, Prompt, prompt_id
 
@@ -240,3 +247,18 @@ def test_a_demonstration_that_the_template_can_t_carry_is_an_error_with_its_line
     chat = Chat.load(str(tiny), chat_template=thinking)
     with pytest.raises(DataError, match=r"rows\.jsonl:1: .*no token prefix"):
         read_demonstrations(write(tmp_path, {"messages": [HI, GOOD]}), chat, prompts_of())
+
+
+def test_gold_answers_and_checks_of_labelled_rows_are_read_as_those_of_prompts(tmp_path: Path) -> None:
+    row = {"prompt": "2 + 2?", "chosen": "4", "rejected": "5", "value": 4, "checks": '[{"kind": "numeric"}]'}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    (found,), _ = read_labelled(str(path), gold_column="value")
+    assert found.prompt.gold == "4"
+    assert found.prompt.checks == ({"kind": "numeric"},)
+    path.write_text(json.dumps(row | {"checks": "numeric"}) + "\n")
+    with pytest.raises(DataError, match="checks: not JSON"):
+        read_labelled(str(path))
+    path.write_text(json.dumps(row | {"value": {"is": 4}}) + "\n")
+    with pytest.raises(DataError, match="does not fit"):
+        read_labelled(str(path), gold_column="value")

@@ -300,3 +300,12 @@ def test_turns_are_split_at_the_first_or_the_last_user_turn() -> None:
     assert split_turns(turns, "last") == (tuple(turns[:3]), "four")
     assert split_turns(turns[:3], "last") == (tuple(turns[:3]), None)
     assert split_turns(turns[1:2], "first") == ((), None)
+
+
+def test_a_prompt_that_repeats_the_opening_of_messages_leaves_the_gold_answer_there(tmp_path: Path) -> None:
+    row = {"prompt": "one", "prompt_id": "x", "messages": TURNS}
+    for source, gold in ((row, "two"), (row | {"completion": "beside"}, "beside"), (row | {"gold": "7"}, "7")):
+        (prompt,), _ = read_prompts(recipe(lines(tmp_path / "p.jsonl", [source])), str(tmp_path / "p.jsonl"))
+        assert isinstance(prompt, Prompt)
+        assert prompt.messages == (Message("user", "one"),)
+        assert prompt.gold == gold

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
+from selfplay import store
 from selfplay.chat import Chat
 from selfplay.errors import DataError, RecipeError
 from selfplay.prompts import PromptPool, load_pool
 from selfplay.recipe import PromptsRecipe
-from selfplay.types import Message, Prompt
+from selfplay.types import Drop, Message, Prompt, prompt_id
 
 
 def lines(path: Path, rows: Iterable[Any]) -> Path:
@@ -36,7 +37,32 @@ def test_duplicates_are_dropped_and_counted(tmp_path: Path) -> None:
     pool = pool_of(lines(tmp_path / "a.jsonl", rows))
     assert len(pool.train) == 3
     assert [drop.reason for drop in pool.drops] == ["duplicate"] * 2 + ["duplicate with another gold answer or checks"]
-    assert len(rows) == len(pool.train) + len(pool.heldout) + len(pool.drops)
+    assert len(rows) == len(pool.train) + len(pool.heldout) + len(pool.drops) == pool.num_rows
+
+
+def test_rows_that_contradict_each_other_are_dropped_under_a_reason_of_their_own_and_named(tmp_path: Path) -> None:
+    rows = [{"prompt": "one", "gold": str(n)} for n in range(6)] + [{"prompt": "one", "gold": "0"}]
+    path = lines(tmp_path / "a.jsonl", rows)
+    pool = pool_of(path)
+    assert [p.gold for p in pool.train] == ["0"]
+    assert pool.dropped == {"duplicate with another gold answer or checks": 5, "duplicate": 1}
+    contradicting, equal = pool.drop_lines
+    assert f"dropped: {path}:2, {path}:3, {path}:4, ...)" in contradicting
+    assert equal == "1 dropped: duplicate"
+
+
+def test_what_was_dropped_when_the_prompts_were_read_is_kept_with_id_reason_and_place(tmp_path: Path) -> None:
+    rows = [*asking(3), *asking(1), {"prompt": ""}]
+    path = lines(tmp_path / "a.jsonl", rows)
+    pool = pool_of(path, heldout=0.3)
+    pool.record(tmp_path / "run")
+    kept = store.read_records(tmp_path / "run" / "drops.jsonl", Drop)
+    assert sorted(kept, key=lambda drop: drop.source) == [
+        Drop(prompt_id((Message("user", "question 0"),)), "duplicate", f"{path}:4"),
+        Drop(f"{path}:5", "empty prompt", f"{path}:5"),
+    ]
+    counts = store.read_json(tmp_path / "run" / "prompts.json")
+    assert counts == {"num_rows": 5, "num_train": 2, "num_heldout": 1, "dropped": {"duplicate": 1, "empty prompt": 1}}
 
 
 def test_ten_thousand_equal_prompts_are_one(tmp_path: Path) -> None:
@@ -96,6 +122,43 @@ def test_a_held_out_file_takes_its_prompts_out_of_training(tmp_path: Path) -> No
     assert len(pool.train) == 8
     assert not {p.id for p in pool.train} & {p.id for p in pool.heldout}
     assert sorted(drop.reason for drop in pool.drops) == ["also held out", "also held out", "duplicate"]
+
+
+@pytest.fixture
+def data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A data set of two splits, as `datasets` reads it from a folder; one prompt stands in both."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "set"
+    folder.mkdir()
+    lines(folder / "train.jsonl", asking(6))
+    lines(folder / "test.jsonl", asking(4, start=5))
+    return folder
+
+
+def test_a_data_set_holds_out_its_own_split(data_set: Path) -> None:
+    pool = pool_of(data_set, heldout={"split": "test"})
+    assert sorted(p.text for p in pool.heldout) == [f"question {n}" for n in range(5, 9)]
+    assert sorted(p.text for p in pool.train) == [f"question {n}" for n in range(5)]
+    assert pool.dropped == {"also held out": 1}
+
+
+def test_the_split_of_another_data_set_is_held_out_of_a_file(tmp_path: Path, data_set: Path) -> None:
+    pool = pool_of(lines(tmp_path / "a.jsonl", asking(3)), heldout={"source": str(data_set), "split": "test"})
+    assert (len(pool.train), len(pool.heldout)) == (3, 4)
+
+
+def test_a_file_is_held_out_of_a_split_of_a_data_set(tmp_path: Path, data_set: Path) -> None:
+    held = lines(tmp_path / "held.jsonl", asking(2, start=20))
+    pool = pool_of(data_set, split="test", heldout=str(held))
+    assert (len(pool.train), len(pool.heldout)) == (4, 2)
+
+
+def test_the_split_that_is_trained_on_and_a_split_of_a_file_are_refused(tmp_path: Path, data_set: Path) -> None:
+    with pytest.raises(ValueError, match="the split 'test' that is trained on"):
+        recipe(data_set, split="test", heldout={"split": "test"})
+    path = lines(tmp_path / "a.jsonl", asking(3))
+    with pytest.raises(RecipeError, match=r"prompts\.heldout, are of data set ids; .*a\.jsonl is a file"):
+        pool_of(path, heldout={"split": "test"})
 
 
 def test_long_prompts_are_dropped_and_never_cut(tmp_path: Path, chat: Chat) -> None:

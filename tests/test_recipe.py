@@ -1,7 +1,8 @@
 """Recipes: what is read, what is refused and how it is said."""
 
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -10,10 +11,10 @@ from hypothesis import strategies as st
 
 from selfplay.errors import RecipeError
 from selfplay.recipe import Recipe
-from selfplay.recipe_file import check_recipe, load_recipe, parse_yaml
+from selfplay.recipe_file import check_recipe, dump_recipe, load_recipe, parse_yaml
 from selfplay.recipe_judges import VerifierRecipe
 from selfplay.recipe_pairs import BestVsWorstRecipe
-from selfplay.recipe_values import at_round
+from selfplay.recipe_values import Section, at_round
 from selfplay.train.settings import settings_at
 
 SMALL = """\
@@ -87,11 +88,25 @@ def test_every_key_misspelt_by_one_edit_is_refused_by_name(data: st.DataObject) 
 
 
 def test_a_required_key_that_is_missing_is_named(tmp_path: Path) -> None:
-    path = recipe_file(tmp_path, text="prompts: {deal: same}\n")
+    path = recipe_file(tmp_path, text="judge: {kind: python}\n")
     with pytest.raises(RecipeError) as caught:
         load_recipe(path)
     assert "model: missing" in str(caught.value)
-    assert "prompts.source: missing" in str(caught.value)
+    assert "judge.target: missing" in str(caught.value)
+
+
+def test_keys_about_prompts_without_prompts_are_refused_and_columns_are_not() -> None:
+    with pytest.raises(RecipeError, match=r"prompts: source is missing, and without prompts num_prompts, deal would"):
+        check_recipe({"model": "m", "prompts": {"num_prompts": 3, "deal": "same", "turns": "last"}}, "r.yaml")
+    assert check_recipe({"model": "m", "prompts": {"system_prompt": "x"}}, "r.yaml").prompts.source is None
+
+
+@pytest.mark.parametrize("heldout", [True, 0, 1.5, {"split": ""}, {"spit": "test"}, []], ids=repr)
+def test_a_held_out_part_is_a_file_a_share_or_a_split(heldout: Any) -> None:
+    prompts = {"source": "some/set", "deal": "same", "heldout": heldout}
+    with pytest.raises(RecipeError, match=r"^r\.yaml: prompts\.heldout[.a-z]*: ") as caught:
+        check_recipe({"model": "m", "prompts": prompts}, "r.yaml")
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["5e-7", "5E-7", "0.5e-6", ".0000005", "+5e-7", "5.0e-07"])
@@ -250,3 +265,36 @@ def test_a_warmup_ratio_of_one_or_more_is_refused() -> None:
     for ratio in (1, 1.5, [0.1, 2]):
         with pytest.raises(RecipeError, match="a ratio is below 1"):
             check_recipe(small(train={"warmup_ratio": ratio}), "r.yaml")
+
+
+@pytest.mark.parametrize("field", ["temperature: 1.0", "top_p: 0.5", "max_tokens: 9"])
+def test_a_judge_that_draws_no_text_has_nothing_to_say_about_drawing(tmp_path: Path, field: str) -> None:
+    judge = f"judge={{kind: llm, template: yes_no, verdict: labels, {field}}}"
+    with pytest.raises(RecipeError, match=field.split(":")[0]):
+        load_recipe(recipe_file(tmp_path), [judge])
+    drawn = load_recipe(recipe_file(tmp_path), [judge.replace("labels", "parse")])
+    assert load_recipe(recipe_file(tmp_path, text=dump_recipe(drawn))) == drawn
+    labels = load_recipe(recipe_file(tmp_path), ["judge={kind: llm, template: yes_no, verdict: labels}"])
+    assert load_recipe(recipe_file(tmp_path, text=dump_recipe(labels))) == labels
+
+
+def test_the_readme_names_every_field_that_may_be_a_list() -> None:
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    named = text.split("These may be a list with one value per round")[1].split("Any value can be set")[0]
+    found = set()
+    waiting: list[Any] = [Recipe]
+    while waiting:
+        section = waiting.pop()
+        for name, field in section.model_fields.items():
+            whole = [field.annotation, *field.metadata]
+            if "per round" in repr(whole):
+                found.add(name)
+            waiting += [
+                part for part in _parts(field.annotation) if isinstance(part, type) and issubclass(part, Section)
+            ]
+    assert set(re.findall(r"`(\w+)`", named)) == found
+
+
+def _parts(annotation: Any) -> list[Any]:
+    """A type, and all that stands in its brackets."""
+    return [annotation, *(found for part in get_args(annotation) for found in _parts(part))]

@@ -305,6 +305,32 @@ def test_too_many_missing_verdicts_stop_the_round_before_training(rig: dict[str,
     assert not (tmp_path / "run/round-000/policy").exists()
 
 
+def test_a_run_that_the_gate_stopped_goes_on_with_a_wider_one_and_its_recipe_says_so(
+    rig: dict[str, Any], tmp_path: Path
+) -> None:
+    @selfplay.pointwise
+    def choosy(prompt: Prompt, completion: Completion) -> float | None:
+        return float(len(completion.text)) if len(prompt.text) % 2 else None
+
+    class Judged(AnyPair):
+        def select(self, group: Group, judgement: Any) -> list[PreferencePair]:
+            return [] if None in judgement.scores else super().select(group, judgement)
+
+    out = tmp_path / "run"
+    with pytest.raises(UnparsedGateError, match=r"keeps its recipe, but for pairs\.max_unparsed"):
+        iterate(changed(rig, rounds=1), out, judge=choosy, selector=Judged())
+    judged = (out / "round-000/judgements/00000.jsonl").stat().st_mtime_ns
+    iterate(
+        changed(rig, rounds=1, pairs={"kind": "best_vs_worst", "max_unparsed": 1.0}),
+        out,
+        judge=choosy,
+        selector=Judged(),
+    )
+    assert (out / "round-000/policy").is_dir()
+    assert (out / "round-000/judgements/00000.jsonl").stat().st_mtime_ns == judged
+    assert "max_unparsed: 1.0" in (out / "recipe.yaml").read_text()
+
+
 def test_a_round_without_any_pair_stops_and_says_why(rig: dict[str, Any], tmp_path: Path) -> None:
     @selfplay.pointwise
     def indifferent(prompt: Prompt, completion: Completion) -> float | None:

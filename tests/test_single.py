@@ -9,7 +9,8 @@ from scripted_run import ok, write_recipe
 
 from selfplay import store
 from selfplay.cli import main
-from selfplay.types import Demonstration, PreferencePair
+from selfplay.single import read_groups
+from selfplay.types import Demonstration, Drop, PreferencePair
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +177,33 @@ def test_train_takes_any_preference_data(
     assert store.weights_digest(tmp_path / "out" / "policy") != store.weights_digest(tiny)
 
 
+def test_train_needs_no_prompts_in_its_recipe_and_what_needs_them_says_so(
+    run: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"model: {tiny}\ntrain: {{learning_rate: 1e-3, batch_size: 4, bf16: false}}\n")
+    ok("validate", path)
+    assert "ok, without prompts" in capsys.readouterr().out
+    pairs = run / "round-000" / "pairs.jsonl"
+    ok("train", path, "--model", tiny, "--pairs", pairs, "--out", tmp_path / "out")
+    assert (tmp_path / "out" / "policy").is_dir()
+    for command in (
+        ["iterate"],
+        ["iterate", "--dry-run"],
+        ["generate", "--model", str(tiny)],
+        ["evaluate", "--model", str(tiny)],
+    ):
+        name, *options = command
+        assert main([name, str(path), "--out", str(tmp_path / name), *options]) == 64
+        assert "prompts.source: missing; this command needs prompts" in capsys.readouterr().err
+
+
+def test_generate_keeps_what_was_dropped_beside_its_shards(recipe: Path, tiny: Path, tmp_path: Path) -> None:
+    ok("generate", recipe, "--model", tiny, "--out", tmp_path)
+    assert {drop.reason for drop in store.read_records(tmp_path / "drops.jsonl", Drop)} == {"duplicate", "empty prompt"}
+    assert len(read_groups(tmp_path)) == 8
+
+
 def test_train_on_messages_is_sft(recipe: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     answers = [{"role": "assistant", "content": "It is 3."}]
     rows = [[{"role": "user", "content": f"Add {n}."}, *answers[: n > 0]] for n in range(5)]
@@ -249,3 +277,56 @@ def test_a_judge_program_runs_only_when_allowed(
     assert main(arguments) == 77
     assert main([*arguments, "--allow-code"]) == 0
     assert "32 completions, mean score -" in capsys.readouterr().out
+
+
+def test_groups_sampled_without_gold_answers_are_no_food_for_a_pairing_with_them(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(tmp_path, tiny)
+    rows = [{"prompt": f"question {n}", "gold": f"answer {n}"} for n in range(32)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    spin = ["--set", "pairs={kind: gold_vs_completion}", "--set", "judge=null"]
+    generate = ["generate", str(recipe), "--model", str(tiny), "--out", str(tmp_path / "groups")]
+    assert main(generate) == 0
+    pairs = ["pairs", str(recipe), "--groups", str(tmp_path / "groups"), "--out", str(tmp_path / "pairs.jsonl"), *spin]
+    assert main(pairs) == 65
+    assert "generate it anew" in " ".join(capsys.readouterr().err.split())
+    assert main([*generate, *spin]) == 64
+    assert "gold: False -> True" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", ["generator.dtype=float16", "generator.engine_args={enforce_eager: true}"])
+def test_half_done_sampling_does_not_go_on_with_another_engine(
+    recipe: Path, tiny: Path, tmp_path: Path, change: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generate = ["generate", str(recipe), "--model", str(tiny), "--out", str(tmp_path / "groups")]
+    assert main(generate) == 0
+    assert main([*generate, "--set", change]) == 64
+    assert "generator" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", ["evaluate.greedy=false", "evaluate.kl=false"])
+def test_a_panel_with_other_figures_is_not_the_one_that_is_there(
+    recipe: Path, tiny: Path, tmp_path: Path, change: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate = ["evaluate", str(recipe), "--model", str(tiny), "--out", str(tmp_path / "panel")]
+    assert main(evaluate) == 0
+    assert main([*evaluate, "--set", change]) == 64
+    assert change.split("=")[0].split(".")[1] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", ["prompts.turns=last", "prompts.gold_column=other"])
+def test_training_on_other_turns_or_gold_answers_is_another_job(
+    recipe: Path, tiny: Path, tmp_path: Path, change: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = ("user", "assistant") * 2
+    rows = [
+        {"messages": [{"role": role, "content": f"{k} of {n}"} for k, role in enumerate(said)], "other": f"other {n}"}
+        for n in range(4)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train = ["train", str(recipe), "--model", str(tiny), "--pairs", str(tmp_path / "rows.jsonl")]
+    train += ["--out", str(tmp_path / "out"), "--set", "train.loss_type=sft"]
+    assert main(train) == 0
+    assert main([*train, "--set", change]) == 64
+    assert "rows" in capsys.readouterr().err

@@ -12,6 +12,7 @@ from selfplay.chat import Chat
 from selfplay.cli import main
 from selfplay.errors import DataError, RecipeError
 from selfplay.models import prompt_room
+from selfplay.pairs import BestVsRandom
 from selfplay.prompts import load_pool
 from selfplay.recipe_file import load_recipe
 
@@ -94,6 +95,52 @@ def test_a_prompt_that_leaves_no_room_for_max_tokens_is_dropped_with_its_reason(
     assert len(load_pool(recipe.prompts, seed=0, chat=chat).train) == 4
     with pytest.raises(RecipeError, match="lower max_tokens"):
         prompt_room(load_recipe(path, ["generator.max_tokens=512"]), tiny)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--dry-run"]], ids=["run", "dry-run"])
+def test_missing_gold_answers_are_found_before_anything_is_sampled(
+    tiny: Path, tmp_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(tmp_path, tiny, judge=None, pairs={"kind": "gold_vs_completion"})
+    assert main(["iterate", str(recipe), "--out", str(tmp_path / "run"), *arguments]) == 65
+    assert "needs a gold answer for every prompt" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_after_its_recipe_and_programs_were_moved_but_not_changed(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, new, out = tmp_path / "old", tmp_path / "new", str(tmp_path / "run")
+    old.mkdir()
+    template = Chat.load(str(tiny)).tokenizer.chat_template
+    (old / "chat.jinja").write_text(template)
+    (old / "own.py").write_text(
+        "def longer(prompt, completion):\n    return float(len(completion.text))\n\n\n"
+        "def keep(pairs, context):\n    return pairs\n"
+    )
+    judge = {"kind": "python", "target": "own.py:longer"}
+    write_recipe(
+        old,
+        tiny,
+        rounds=1,
+        judge=judge,
+        chat={"chat_template": "chat.jinja"},
+        pairs={"filters": [{"kind": "python", "target": "own.py:keep"}]},
+        evaluate={"judge": dict(judge), "num_completions": 2},  # one object would be written as a YAML alias
+    )
+    ok("iterate", old / "recipe.yaml", "--out", out, "--allow-code")
+    old.rename(new)
+    ok("iterate", new / "recipe.yaml", "--out", out, "--allow-code")
+    (new / "own.py").write_text((new / "own.py").read_text() + "# changed\n")
+    assert main(["iterate", str(new / "recipe.yaml"), "--out", out, "--allow-code"]) == 64
+    assert "another judge" in capsys.readouterr().err
+
+
+def test_a_run_is_not_continued_with_another_selector(tiny: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(write_recipe(tmp_path, tiny, rounds=1))
+    selfplay.iterate(recipe, tmp_path / "run", selector=BestVsRandom(min_margin=0.1))
+    selfplay.iterate(recipe, tmp_path / "run", selector=BestVsRandom(min_margin=0.1))
+    with pytest.raises(RecipeError, match="another selector"):
+        selfplay.iterate(recipe, tmp_path / "run", selector=BestVsRandom(min_margin=0.5))
 
 
 def test_a_plain_function_may_be_the_judge_of_a_run(tiny: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 
 from selfplay import faults, store
 from selfplay.errors import LockedError, StorageError
@@ -246,6 +247,18 @@ def test_a_full_disk_leaves_nothing_and_says_so(tmp_path: Path) -> None:
     assert not (tmp_path / "folder").exists()
     store.write_bytes(tmp_path / "file", b"new")
     assert store.read_bytes(tmp_path / "file") == b"new"
+
+
+def test_a_disk_that_fills_up_while_weights_are_written_is_a_storage_error(tmp_path: Path) -> None:
+    def full(path: Path) -> None:
+        path.write_bytes(b"half")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with pytest.raises(StorageError, match=r"No space left.*same command"):
+        store.write_file(tmp_path / "file", full)
+    with pytest.raises(StorageError, match=r"No space left.*same command"):
+        store.write_folder(tmp_path / "folder", lambda folder: full(folder / "a"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_place_that_can_not_be_written_or_read_is_a_storage_error(tmp_path: Path) -> None:

@@ -5,12 +5,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from selfplay.errors import DataError
-from selfplay.judges.counts import count_sentences, count_words, last_number
-from selfplay.judges.verifier import CHECKS, Verifier, kinds, on_topic, passes, validate_checks
+from selfplay.judges.checks import COMBINED
+from selfplay.judges.checks.rules import RULES
+from selfplay.judges.counts import ALWAYS_GO_ON, MAY_GO_ON, count_sentences, count_words, last_number
+from selfplay.judges.verifier import Verifier, kinds, on_topic, passes, validate_checks
 from selfplay.protocols import Judge, JudgeContext
 from selfplay.types import Completion, Group, Message, Prompt, prompt_id
 
-# One valid check of each kind.
+# One valid check of each kind that no other package decides.
 EXAMPLES = {
     "exact": {"kind": "exact", "ignore_case": True},
     "numeric": {"kind": "numeric", "tolerance": 0.01},
@@ -29,7 +31,7 @@ EXAMPLES = {
     "all_of": {"kind": "all_of", "checks": [{"kind": "words", "min": 8}]},
     "any_of": {"kind": "any_of", "checks": [{"kind": "words", "min": 8}, {"kind": "case", "case": "upper"}]},
 }
-WORD = st.from_regex(r"[a-z]{2,9}", fullmatch=True).filter(lambda w: w not in ("mr", "st", "no", "co", "ca", "vs"))
+WORD = st.from_regex(r"[a-z]{2,9}", fullmatch=True).filter(lambda w: w not in ALWAYS_GO_ON | MAY_GO_ON)
 
 
 def group(*texts, checks=(), gold=None, finish_reason="stop"):
@@ -211,8 +213,8 @@ def test_any_text_gets_a_verdict_from_every_kind(text, gold, kind):
     assert passes(either, text, gold) == any(verdicts)
 
 
-def test_every_kind_has_an_example_here_that_validates():
-    assert set(EXAMPLES) == set(CHECKS)
+def test_every_rule_has_an_example_here_that_validates():
+    assert set(EXAMPLES) == {*RULES, *COMBINED}
     validate_checks(list(EXAMPLES.values()), "test")
 
 
@@ -267,12 +269,13 @@ def test_all_or_nothing_gives_one_or_zero():
     assert verdict.scores == (1.0, 0.0)
 
 
-def test_a_truncated_completion_fails_all_or_nothing_unless_told_otherwise():
+def test_a_truncated_completion_fails_unless_told_otherwise():
     cut = group("Two words", checks=[{"kind": "words", "min": 2}], finish_reason="length")
     assert judged(Verifier(score="all"), cut).scores == (0.0,)
     assert judged(Verifier(score="all"), cut).notes == ("truncated",)
     assert judged(Verifier(score="all", truncated_fails=False), cut).scores == (1.0,)
-    assert judged(Verifier(), cut).scores == (1.0,)
+    assert judged(Verifier(), cut).scores == (0.0,)
+    assert judged(Verifier(truncated_fails=False), cut).scores == (1.0,)
 
 
 def test_no_check_or_no_gold_is_no_verdict():
@@ -297,6 +300,7 @@ def test_there_is_one_score_between_zero_and_one_per_completion(texts, score):
 def test_identity_changes_with_the_configuration_and_with_nothing_else():
     words = ({"kind": "words", "min": 2},)
     different = [Verifier(), Verifier(words), Verifier(words, "all"), Verifier(words, "all", truncated_fails=False)]
+    different += [Verifier(words, ifeval="loose")]
     assert len({v.identity for v in different}) == len(different)
     assert Verifier(words).identity == Verifier(({"min": 2, "kind": "words"},)).identity
     assert isinstance(different[0], Judge)

@@ -1,60 +1,87 @@
 """`selfplay validate`: is a recipe right, before anything heavy is loaded?"""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from selfplay.commands.options import Overrides
+from selfplay.commands.options import AllowCode, Overrides
 from selfplay.errors import DataError, RecipeError, SelfplayError
+from selfplay.filters import load_programs
 from selfplay.judges.api_key import read_key
+from selfplay.judges.python import load_python_judge
+from selfplay.judges.questions import Questions, check_asked
 from selfplay.judges.template import load_template
-from selfplay.judges.verifier import validate_checks
+from selfplay.judges.verifier import check_verifiable, validate_checks
 from selfplay.models import local_model
-from selfplay.recipe import Recipe
+from selfplay.prompts import FILE_SUFFIXES, load_pool
+from selfplay.recipe import HeldoutRecipe, Recipe
 from selfplay.recipe_file import load_recipe
 from selfplay.recipe_filters import PythonFilterRecipe
-from selfplay.recipe_judges import ApiJudgeRecipe, JudgeRecipe, LLMJudgeRecipe, PythonJudgeRecipe, VerifierRecipe
+from selfplay.recipe_judges import (
+    ApiJudgeRecipe,
+    JudgeRecipe,
+    LLMJudgeRecipe,
+    PythonJudgeRecipe,
+    SimilarityRecipe,
+    VerifierRecipe,
+)
+from selfplay.recipe_reward import RewardModelRecipe
 from selfplay.report import safe_text
-
-DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+from selfplay.targets import check_target
+from selfplay.trust import check_reward_models
 
 
 def validate_command(
     recipes: Annotated[list[Path], typer.Argument(metavar="RECIPE...", help="Recipe files.", show_default=False)],
     overrides: Overrides = None,
+    allow_code: AllowCode = False,
 ) -> None:
-    """Check recipes and the files that they name. Loads no model and runs no code."""
+    """Check recipes and the files that they name. Loads no model, and without --allow-code runs no program."""
     codes = []
     for path in recipes:
         try:
-            check(load_recipe(path, overrides or ()))
+            recipe = load_recipe(path, overrides or ())
+            check(recipe, allow_code=allow_code)
         except SelfplayError as error:
             codes.append(error.exit_code)
             said = safe_text(str(error))
             typer.echo(said if said.startswith(str(path)) else f"{path}: {said}", err=True)
         else:
-            typer.echo(f"{path}: ok")
+            alone = (
+                "" if recipe.prompts.source is not None else ", without prompts: for train and what else reads files"
+            )
+            typer.echo(f"{path}: ok{alone}")
     if codes:
         raise typer.Exit(codes[0])
 
 
-def check(recipe: Recipe) -> None:
-    """Raises RecipeError or DataError: scores that nobody gives, a file that isn't there, a check that can't be run."""
-    recipe.check_judged()
+def check(recipe: Recipe, *, allow_code: bool = False) -> None:
+    """Raises RecipeError or DataError: scores that nobody gives, a file that isn't there or isn't right, a check that can't
+    be run, a judge that can't be asked. With `allow_code` the programs that the recipe names are imported.
+    """
+    if recipe.prompts.source is not None:
+        recipe.check_judged()
     recipe.check_win_rates()
     _check_model("model", recipe.model)
     if recipe.train.reference_path is not None:
         _check_model("train.reference", recipe.train.reference_path)
-    for key, source in (("prompts.source", recipe.prompts.source), ("prompts.heldout", recipe.prompts.heldout)):
+    held = recipe.prompts.heldout
+    held_source = held.source if isinstance(held, HeldoutRecipe) else held
+    for key, source in (("prompts.source", recipe.prompts.source), ("prompts.heldout", held_source)):
         if isinstance(source, str):
             _check_source(key, source)
     for key, judge in (("judge", recipe.judge), ("evaluate.judge", recipe.evaluate.judge)):
         if judge is not None:
-            _check_judge(key, judge)
+            _check_judge(key, judge, allow_code=allow_code)
+    check_reward_models(recipe)
     for index, one in enumerate(recipe.pairs.filters):
         if isinstance(one, PythonFilterRecipe):
-            _check_target(f"pairs.filters.{index}", one.target)
+            check_target(one.target, f"pairs.filters.{index}.target")
+    if allow_code:
+        load_programs(recipe.pairs, allow_code=True)
+    _check_rows(recipe)
 
 
 def _check_model(key: str, model: str) -> None:
@@ -68,25 +95,48 @@ def _check_model(key: str, model: str) -> None:
 
 def _check_source(key: str, source: str) -> None:
     path = Path(source)
-    if (path.suffix in DATA_SUFFIXES or source.startswith(("/", "."))) and not path.is_file():
-        raise DataError(f"{key}: {source}: no such file")
+    if path.suffix in FILE_SUFFIXES:
+        if not path.is_file():
+            raise DataError(f"{key}: {source}: no such file")
+    elif source.startswith(("/", ".")) and not path.is_dir():  # a data set that `datasets` reads from a folder
+        raise DataError(f"{key}: {source}: no such file or folder")
 
 
-def _check_judge(key: str, judge: JudgeRecipe) -> None:
+def _check_rows(recipe: Recipe) -> None:
+    """Reads the prompts, where they are files of JSON: tables and data sets take a library, and hubs the network."""
+    held = recipe.prompts.heldout
+    named = [source for source in (recipe.prompts.source, held) if isinstance(source, str)]
+    if named and not isinstance(held, HeldoutRecipe) and all(Path(s).suffix in (".jsonl", ".json") for s in named):
+        check_verifiable(recipe, load_pool(recipe.prompts, seed=recipe.seed), judge_given=False)
+
+
+def _check_judge(key: str, judge: JudgeRecipe, *, allow_code: bool) -> None:
     if isinstance(judge, VerifierRecipe):
         validate_checks(judge.checks, f"{key}.checks")
     elif isinstance(judge, LLMJudgeRecipe):
-        load_template(judge.template, Path())
+        _check_questions(key, judge)
         if judge.model != "policy":
             _check_model(f"{key}.model", judge.model)
+    elif isinstance(judge, SimilarityRecipe):
+        _check_model(f"{key}.model", judge.model)
     elif isinstance(judge, ApiJudgeRecipe):
-        load_template(judge.template, Path())
+        _check_questions(key, judge)
         read_key(judge)
+        if find_spec("openai") is None:
+            raise RecipeError(f'{key}.kind api needs the package openai: pip install "selfplay-dpo[api]"')
     elif isinstance(judge, PythonJudgeRecipe):
-        _check_target(key, judge.target)
+        check_target(judge.target, f"{key}.target")
+        if allow_code:
+            load_python_judge(judge.target, Path(), allow_code=True)
+    elif isinstance(judge, RewardModelRecipe) and judge.calibration is not None:
+        _check_source(f"{key}.calibration", judge.calibration)
 
 
-def _check_target(key: str, target: str) -> None:
-    file = target.partition(":")[0]
-    if file.endswith(".py") and not Path(file).is_file():
-        raise RecipeError(f"{key}.target: {file}: no such file")
+def _check_questions(key: str, judge: LLMJudgeRecipe | ApiJudgeRecipe) -> None:
+    try:
+        template = load_template(judge.template, Path())
+        constrained = judge.verdict == "constrained"
+        questions = Questions(template, judge.num_verdicts, judge.system_prompt, constrained)
+        check_asked(questions, verdict=judge.verdict, temperature=judge.temperature or 0.0)
+    except RecipeError as error:
+        raise RecipeError(f"{key}: {error}") from error

@@ -7,6 +7,7 @@ group, and so whatever processes the engine has started, as soon as the parent i
     {"settings": ...}                               {"ready": max_model_len}
     {"run": [request, ...]}                         {"results": [...]} ... {"done": true}
     {"score": [ids, ...], "labels": [...]}          {"scores": [[place, logps], ...]} ... {"done": true}
+    {"reward": [ids, ...], "max_batch_tokens": n}   {"rewards": [[place, reward], ...]} ... {"done": true}
     {"close": true}                                 {"closed": true}
                                                     {"error": text, "kind": class, "fatal": bool} at any time
 """
@@ -17,16 +18,26 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
 from selfplay.errors import SelfplayError
-from selfplay.generators.engine import Engine, request_from_json, settings_from_json, start_engine
+from selfplay.generators.engine import (
+    Engine,
+    EngineSettings,
+    Scorer,
+    request_from_json,
+    settings_from_json,
+    start_engine,
+    start_scorer,
+)
 
 WATCH_SECONDS = 0.25
+Answers = Callable[[dict[str, Any]], Iterator[dict[str, Any]]]  # a message to the messages that answer it
 
 
 class HungUpError(Exception):
@@ -60,9 +71,9 @@ def main(fd: int, parent: int) -> None:
     channel = Channel(Connection(fd))
     try:
         with _reported(channel):
-            engine = start_engine(settings_from_json(channel.receive()["settings"]))
-            channel.send(ready=engine.max_model_len)
-            while _serve(engine, channel):
+            max_model_len, answers = _start(settings_from_json(channel.receive()["settings"]))
+            channel.send(ready=max_model_len)
+            while _serve(answers, channel):
                 pass
         channel.send(closed=True)
     except HungUpError:  # at once: an interpreter takes seconds to end, and its threads stop before it does
@@ -71,18 +82,36 @@ def main(fd: int, parent: int) -> None:
     os._exit(0)
 
 
-def _serve(engine: Engine, channel: Channel) -> bool:
+def _start(settings: EngineSettings) -> tuple[int, Answers]:
+    """The most tokens of a sequence, and what answers messages. A scorer is asked for no length: its caller knows it."""
+    if settings.kind == "reward_model":
+        return 0, partial(_rewards, start_scorer(settings))
+    engine = start_engine(settings)
+    return engine.max_model_len, partial(_completions, engine)
+
+
+def _completions(engine: Engine, message: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    if "run" in message:
+        for result in engine.run([request_from_json(row) for row in message["run"]]):
+            yield {"results": [asdict(result)]}
+    else:
+        for place, logps in engine.score_labels([tuple(ids) for ids in message["score"]], message["labels"]):
+            yield {"scores": [[place, logps]]}
+
+
+def _rewards(scorer: Scorer, message: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for place, reward in scorer.rewards([tuple(ids) for ids in message["reward"]], message["max_batch_tokens"]):
+        yield {"rewards": [[place, reward]]}
+
+
+def _serve(answers: Answers, channel: Channel) -> bool:
     """Handles one message; False when it was the last. A user's error is reported and the engine goes on."""
     message = channel.receive()
+    if "close" in message:
+        return False
     try:
-        if "run" in message:
-            for result in engine.run([request_from_json(row) for row in message["run"]]):
-                channel.send(results=[asdict(result)])
-        elif "score" in message:
-            for place, logps in engine.score_labels([tuple(ids) for ids in message["score"]], message["labels"]):
-                channel.send(scores=[[place, logps]])
-        else:
-            return False
+        for answer in answers(message):
+            channel.send(**answer)
     except SelfplayError as error:
         channel.send(error=str(error), kind=type(error).__name__, fatal=False)
     else:

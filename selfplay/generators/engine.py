@@ -14,18 +14,23 @@ from selfplay.types import Sampling
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One completion to draw. `seed` is this request's own; `sampling.seed` and `sampling.num_completions` are not read."""
+    """One completion to draw. `seed` is this request's own; `sampling.seed` and `sampling.num_completions` are not read.
+
+    Where there are `choices`, the completion is one of these texts and then a stop token; max_tokens may still cut it.
+    """
 
     id: str
     prompt_token_ids: tuple[int, ...]
     seed: int
     sampling: Sampling
+    choices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
     """What became of a request: the sampled ids with the stop token among them, and one raw logp (nats, temperature 1,
-    no truncation) per id. `stop_reason` is the id of the stop token or the stop string, None where max_tokens cut.
+    no truncation) per id. `stop_reason` is the id of the stop token or the stop string, None where max_tokens cut. vLLM
+    gives the logps of a request with choices among what the choices allow, for it masks the logits before it looks at them.
     """
 
     id: str
@@ -45,9 +50,10 @@ class EngineSettings:
     `data_parallel_size` replicas. `max_batch_size` is the number of sequences at once; None is the engine's default.
     `adapter` is the folder of a LoRA adapter on `model`, `adapter_rank` its largest rank.
     `stop_token_ids` end a completion; nothing else that a model folder says about sampling is used.
+    The kind "reward_model" samples nothing: it is a Scorer, which alone reads `device`.
     """
 
-    kind: Literal["vllm", "transformers"]
+    kind: Literal["vllm", "transformers", "reward_model"]
     model: str
     adapter: str | None = None
     adapter_rank: int = 0
@@ -60,6 +66,7 @@ class EngineSettings:
     engine_args: Mapping[str, Any] = field(default_factory=dict)
     stop_token_ids: tuple[int, ...] = ()
     seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
 class Engine(Protocol):
@@ -81,6 +88,25 @@ class Engine(Protocol):
     def close(self) -> None:
         """Frees what the engine holds. Calling it twice is fine."""
         ...
+
+
+class Scorer(Protocol):
+    def rewards(self, sequences: Sequence[tuple[int, ...]], max_batch_tokens: int) -> Iterator[tuple[int, float]]:
+        """The place of each sequence and its reward, in any order. A batch holds at most `max_batch_tokens`, padding
+        counted, or a single sequence.
+        """
+        ...
+
+    def close(self) -> None:
+        """Frees what the scorer holds. Calling it twice is fine."""
+        ...
+
+
+def start_scorer(settings: EngineSettings) -> Scorer:
+    """A reward model in this process, its weights loaded."""
+    from selfplay.generators.reward_model import RewardModelScorer
+
+    return RewardModelScorer(settings)
 
 
 def start_engine(settings: EngineSettings) -> Engine:
@@ -114,7 +140,7 @@ def request_to_json(request: Request) -> dict[str, Any]:
 def request_from_json(row: Mapping[str, Any]) -> Request:
     sampling = dict(row["sampling"])
     sampling["stop"] = tuple(sampling["stop"])
-    return Request(row["id"], tuple(row["prompt_token_ids"]), row["seed"], Sampling(**sampling))
+    return Request(row["id"], tuple(row["prompt_token_ids"]), row["seed"], Sampling(**sampling), tuple(row["choices"]))
 
 
 def result_from_json(row: Mapping[str, Any]) -> Result:

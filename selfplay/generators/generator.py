@@ -108,9 +108,15 @@ class EngineGenerator:
             # All requests run again: a batch of another composition could end in other bytes.
             return self._collect(requests, progress)
 
-    def score_labels(self, prompts: Sequence[Sequence[int]], label_token_ids: Sequence[int]) -> list[list[float]]:
+    def score_labels(
+        self,
+        prompts: Sequence[Sequence[int]],
+        label_token_ids: Sequence[int],
+        *,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[list[float]]:
         """Logps (nats) of each label as the next token of each prompt, prompts in order. A prompt has at least one token
-        and leaves room for one more.
+        and leaves room for one more. `progress` is called with the prompts that are done.
         """
         if not prompts or not label_token_ids:
             return [[] for _ in prompts]
@@ -125,6 +131,8 @@ class EngineGenerator:
                 if place in scores or not 0 <= place < len(prompts) or len(logps) != len(labels):
                     raise GeneratorError(f"the {self.settings.kind} engine scored prompt {place} wrongly or twice")
                 scores[place] = dict(zip(labels, logps, strict=True))
+                if progress is not None:
+                    progress(len(scores))
         if len(scores) != len(prompts):
             raise GeneratorError(f"the {self.settings.kind} engine scored {len(scores)} of {len(prompts)} prompts")
         return [[scores[place][label] for label in label_token_ids] for place in range(len(prompts))]

@@ -80,6 +80,14 @@ class IsolatedEngine:
             share = shares[self._replicas.index(replica)]
             yield from ((share[place], logps) for place, logps in message.get("scores", ()))
 
+    def rewards(self, sequences: Sequence[tuple[int, ...]], max_batch_tokens: int) -> Iterator[tuple[int, float]]:
+        shares = _deal(sequences, len(self._replicas))
+        for replica, share in zip(self._replicas, shares, strict=True):
+            replica.ask(reward=[sequences[n] for n in share], max_batch_tokens=max_batch_tokens)
+        for replica, message in _messages(self._replicas, until="done"):
+            share = shares[self._replicas.index(replica)]
+            yield from ((share[place], reward) for place, reward in message.get("rewards", ()))
+
     def close(self) -> None:
         """Returns when the process groups are gone and what they held is free."""
         self._stack.close()

@@ -38,15 +38,17 @@ class Sampler:
         """The sampler of these rows (a tensor of places)."""
         return Sampler(self.temperature_S[rows], self.top_k_S[rows], self.top_p_S[rows], self.min_p_S[rows])
 
-    def draw(self, logits_SV: Tensor, noise_S: Tensor) -> tuple[Tensor, Tensor]:
+    def draw(self, logits_SV: Tensor, noise_S: Tensor, allowed_SV: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The drawn ids and their logps (nats) under the raw distribution at temperature 1.
 
-        `logits_SV` is float32. `noise_S` is uniform on [0, 1): the id is where the cumulative probability passes it.
+        `logits_SV` is float32. `noise_S` is uniform on [0, 1): the id is where the cumulative probability passes it. Only
+        ids that `allowed_SV` (bool) allows are drawn; None allows all.
         """
         greedy_S = self.temperature_S == 0
-        ids_S = logits_SV.argmax(-1)
+        open_SV = logits_SV if allowed_SV is None else logits_SV.masked_fill(~allowed_SV, -torch.inf)
+        ids_S = open_SV.argmax(-1)
         if not bool(greedy_S.all()):
-            scaled_SV = logits_SV / torch.where(greedy_S, 1.0, self.temperature_S)[:, None]
+            scaled_SV = open_SV / torch.where(greedy_S, 1.0, self.temperature_S)[:, None]
             drawn_S = _invert(self._truncate(scaled_SV.softmax(-1)), noise_S)
             ids_S = torch.where(greedy_S, ids_S, drawn_S)
         logps_S = logits_SV.gather(1, ids_S[:, None])[:, 0] - logits_SV.logsumexp(-1)

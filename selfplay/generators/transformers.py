@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.utils import logging
 
 from selfplay.adapters import load_adapter
 from selfplay.errors import DataError, RecipeError
 from selfplay.generators import attention
+from selfplay.generators.choices import Choices
 from selfplay.generators.engine import EngineSettings, Request, Result
 from selfplay.generators.environment import cpu_computes_bf16
 from selfplay.generators.sampling import Sampler
@@ -54,6 +56,7 @@ class TransformersEngine:
             raise RecipeError("generator.tensor_parallel_size: the transformers generator runs on one device; use vllm")
         self._settings = settings
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        logging.disable_progress_bar()  # of loading: it would break into the bar of the stage
         try:
             config = AutoConfig.from_pretrained(settings.model)
             arguments = {
@@ -71,6 +74,8 @@ class TransformersEngine:
         self._max_model_len = settings.max_model_len or limit
         self._stop_token_ids = frozenset(settings.stop_token_ids)
         self._stops: _StopStrings | None = None
+        self._tokenizer: Any = None  # loaded by the first request with stop strings or choices
+        self._choices: dict[tuple[str, ...], Choices] = {}
 
     @property
     def max_model_len(self) -> int:
@@ -78,8 +83,11 @@ class TransformersEngine:
 
     def run(self, requests: Sequence[Request]) -> Iterator[Result]:
         """Batches from the shortest prompt to the longest, so that little is padding; results as they finish."""
-        if self._stops is None and any(request.sampling.stop for request in requests):
-            self._stops = _StopStrings(AutoTokenizer.from_pretrained(self._settings.model))
+        if self._tokenizer is None and any(request.sampling.stop or request.choices for request in requests):
+            self._tokenizer = AutoTokenizer.from_pretrained(self._settings.model)
+            self._stops = _StopStrings(self._tokenizer)
+        for texts in {request.choices for request in requests} - {(), *self._choices}:
+            self._choices[texts] = Choices(texts, self._spelled, self._stop_token_ids)
         for batch in _batches(requests, self._settings.max_batch_size or DEFAULT_BATCH_SIZE):
             yield from self._run_batch(batch)
 
@@ -113,7 +121,9 @@ class TransformersEngine:
         cache.reorder_cache(kept)
         step = 0
         while True:
-            ids_S, logps_S = sampler.draw(logits_SV, noise_ST[:, step].to(self._device))
+            ids_S, logps_S = sampler.draw(
+                logits_SV, noise_ST[:, step].to(self._device), self._allowed(rows, logits_SV.shape[-1])
+            )
             step += 1
             going = []
             for n, (row, token, logp) in enumerate(zip(rows, ids_S.tolist(), logps_S.tolist(), strict=True)):
@@ -132,6 +142,22 @@ class TransformersEngine:
                 rows, noise_ST = [rows[n] for n in going], noise_ST[going]
             mask_ST = torch.nn.functional.pad(mask_ST, (0, 1), value=1)
             logits_SV = self._forward(ids_S[:, None], mask_ST, cache)
+
+    def _spelled(self, text: str) -> list[int]:
+        """The ids of a text, in which nothing is a special token."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        return ids
+
+    def _allowed(self, rows: Sequence[_Row], vocabulary: int) -> Tensor | None:
+        """What each row may draw next (SV); None where no row is bound to choices."""
+        if not any(row.request.choices for row in rows):
+            return None
+        allowed_SV = torch.ones(len(rows), vocabulary, dtype=torch.bool)
+        for row, allowed_V in zip(rows, allowed_SV, strict=True):
+            if row.request.choices:
+                allowed_V[:] = False
+                allowed_V[self._choices[row.request.choices].after(row.token_ids)] = True
+        return allowed_SV.to(self._device)
 
     def _prefill(self, prompts: Sequence[tuple[int, ...]]) -> tuple[Tensor, DynamicCache, Tensor]:
         """Logits after each prompt (float32, UV), the cache, and the mask (UP) of the left-padded prompts."""

@@ -13,7 +13,7 @@ from vllm import LLM, SamplingParams
 from vllm.inputs.engine import tokens_input
 from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
-from vllm.sampling_params import MAX_LOGPROB_TOKEN_IDS, RequestOutputKind
+from vllm.sampling_params import MAX_LOGPROB_TOKEN_IDS, RequestOutputKind, StructuredOutputsParams
 
 from selfplay.adapters import served_rank
 from selfplay.errors import GeneratorError
@@ -82,6 +82,7 @@ class VllmEngine:
             ignore_eos=True,
             logprobs=0,
             detokenize=bool(sampling.stop),
+            structured_outputs=StructuredOutputsParams(choice=list(request.choices)) if request.choices else None,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 

@@ -1,5 +1,5 @@
-"""Judges: verifier (rules), llm (a model reads), api (a model behind an endpoint reads), python (the user's own), rouge_l
-(likeness to gold), coin (the control). See `make_judge`.
+"""Judges: verifier (rules), llm (a model reads), api (a model behind an endpoint reads), python (the user's own), reward_model
+(a classifier scores), rouge_l and similarity (likeness to gold), coin (the control). See `make_judge`.
 """
 
 from collections.abc import Callable
@@ -9,13 +9,16 @@ from typing import Any
 from selfplay.errors import RecipeError
 from selfplay.protocols import Judge
 from selfplay.recipe_judges import (
+    DRAWN,
     ApiJudgeRecipe,
     CoinRecipe,
     JudgeRecipe,
     LLMJudgeRecipe,
     PythonJudgeRecipe,
     RougeLRecipe,
+    SimilarityRecipe,
 )
+from selfplay.recipe_reward import RewardModelRecipe
 
 
 def make_judge(
@@ -30,17 +33,28 @@ def make_judge(
         from selfplay.judges.rouge import RougeL
 
         return RougeL()
+    if isinstance(recipe, SimilarityRecipe):
+        from selfplay.judges.similarity import open_similarity
+
+        return open_similarity(recipe.model)
     if isinstance(recipe, PythonJudgeRecipe):
         from selfplay.judges.python import load_python_judge
+        from selfplay.judges.timed import TimedJudge
 
-        return load_python_judge(recipe.target, Path(), allow_code=allow_code)
+        loaded = load_python_judge(recipe.target, Path(), allow_code=allow_code)
+        return loaded if recipe.timeout is None else TimedJudge(loaded, recipe.timeout)
     if isinstance(recipe, LLMJudgeRecipe):
         return _llm_judge(recipe, open_model)
     if isinstance(recipe, ApiJudgeRecipe):
         return _api_judge(recipe)
+    if isinstance(recipe, RewardModelRecipe):
+        from selfplay.judges.reward_model import open_reward_model
+
+        return open_reward_model(recipe)
     from selfplay.judges.verifier import Verifier
 
-    return Verifier(tuple(recipe.checks), score=recipe.score, truncated_fails=recipe.truncated_fails)
+    checks = tuple(recipe.checks)
+    return Verifier(checks, score=recipe.score, truncated_fails=recipe.truncated_fails, ifeval=recipe.ifeval)
 
 
 def _llm_judge(recipe: LLMJudgeRecipe, open_model: Callable[[str], Any] | None) -> Judge:
@@ -55,9 +69,7 @@ def _llm_judge(recipe: LLMJudgeRecipe, open_model: Callable[[str], Any] | None) 
         load_template(recipe.template, Path()),
         verdict=recipe.verdict,
         num_verdicts=recipe.num_verdicts,
-        temperature=recipe.temperature,
-        top_p=recipe.top_p,
-        max_tokens=recipe.max_tokens,
+        **{key: value for key, value in recipe if key in DRAWN and value is not None},
         model=weights_digest(local_model(recipe.model)) if own else "policy",
         generator_factory=(lambda: open_model(recipe.model)) if own and open_model is not None else None,
         system_prompt=recipe.system_prompt,

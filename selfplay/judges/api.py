@@ -10,18 +10,22 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 from selfplay import store
 from selfplay.errors import JudgeError
-from selfplay.judges.endpoint import CallError, Endpoint, EndpointSettings
+from selfplay.judges.choices import response_format
+from selfplay.judges.endpoint import CallError, Endpoint, EndpointSettings, NoReplyError
 from selfplay.judges.journal import USAGE, Journal, Reply
 from selfplay.judges.lift import run_async
-from selfplay.judges.questions import Place, Questions, check_readable
+from selfplay.judges.questions import Place, Questions, check_asked
 from selfplay.judges.template import JudgeTemplate
+from selfplay.judges.top_logps import score_from_top
 from selfplay.judges.verdicts import Verdict
 from selfplay.protocols import JudgeContext
 from selfplay.recipe_judges import ApiJudgeRecipe
@@ -64,22 +68,38 @@ class ApiJudge:
     def __init__(
         self, template: JudgeTemplate, recipe: ApiJudgeRecipe, key: str | None = None, *, pause: float = 1.0
     ) -> None:
-        """`pause` is the first pause between tries, in seconds. RecipeError where verdicts could not be read from text."""
-        self.questions = Questions(template, recipe.num_verdicts, recipe.system_prompt)
-        check_readable(self.questions, recipe.temperature)
+        """`pause` is the first pause between tries, in seconds. RecipeError where template and verdict don't fit."""
+        constrained = recipe.verdict == "constrained"
+        self.questions = Questions(template, recipe.num_verdicts, recipe.system_prompt, constrained)
+        check_asked(self.questions, verdict=recipe.verdict, temperature=recipe.temperature)
         self.recipe = recipe
         shared = {name: value for name, value in recipe if name in EndpointSettings.__dataclass_fields__}
-        self._settings = EndpointSettings(**shared, pause=pause)
+        self._settings = EndpointSettings(**(shared | self._asked_by_verdict()), pause=pause)
         self._key = key
         self._journal: Journal | None = None
         self._start_stage()
+
+    def _asked_by_verdict(self) -> dict[str, Any]:
+        """The settings of a call that depend on how a verdict is read."""
+        if self.recipe.verdict == "labels":
+            extra = {"logprobs": True, "top_logprobs": self.recipe.top_logprobs}
+            return {"extra": extra, "max_tokens": 1, "temperature": 0.0, "top_p": 1.0}
+        choices = self.questions.choices
+        if self.recipe.verdict == "parse":
+            return {}
+        if self.recipe.constraint == "response_format":
+            return {"extra": {"response_format": response_format(choices)}}
+        return {"extra": {"structured_outputs": {"choice": list(choices)}}}
 
     @property
     def identity(self) -> str:
         """Endpoint, model, template, parser version and how verdicts are drawn."""
         r = self.recipe
         sampling = Sampling(temperature=r.temperature, top_p=r.top_p, max_tokens=r.max_tokens)
-        how = self.questions.drawn(sampling) + ("" if r.send_seed else " unseeded")
+        how = f"labels top{r.top_logprobs}" if r.verdict == "labels" else self.questions.drawn(sampling)
+        if r.verdict == "constrained":
+            how += f" {r.constraint}"
+        how += "" if r.send_seed else " unseeded"
         return f"api:{r.base_url} {r.model} {self.questions.identity(how)}"
 
     @contextmanager
@@ -112,6 +132,9 @@ class ApiJudge:
             cost = (prompt * self.recipe.prompt_price + completion * self.recipe.completion_price) / TOKENS_PER_PRICE
         return Usage(len(replies), self._num_retries, self._num_failed, prompt, completion, cost)
 
+    def count_verdicts(self, groups: Sequence[Group]) -> int:
+        return self.questions.count(groups)
+
     def judge(self, groups: Sequence[Group], context: JudgeContext) -> list[Judgement]:
         """One judgement per group; a question without a reply is None with a note. JudgeError: no call got a reply, many in
         a row got none, or `deadline` has passed.
@@ -131,7 +154,8 @@ class ApiJudge:
             for place, messages in asked.items()
             for n in range(self.questions.num_verdicts)
         ]
-        replies = run_async(self._ask_all(journal, calls))
+        done = count(len(verdicts) * self.questions.num_verdicts + 1)
+        replies = run_async(self._ask_all(journal, calls, lambda: context.progress(next(done))))
         said: dict[Place, list[Reply | CallError]] = {place: [] for place in asked}
         for (place, _, _), reply in zip(calls, replies, strict=True):
             said[place].append(reply)
@@ -139,28 +163,38 @@ class ApiJudge:
         return self.questions.judgements(groups, verdicts)
 
     def _verdict(self, said: Sequence[Reply | CallError]) -> Verdict:
-        texts = [(reply.text, reply.cut) for reply in said if isinstance(reply, Reply)]
+        replies = [reply for reply in said if isinstance(reply, Reply)]
         failed = [str(reply) for reply in said if isinstance(reply, CallError)]
-        return self.questions.read(texts) if texts else Verdict(None, failed[0])
+        if not replies:
+            return Verdict(None, failed[0])
+        if self.recipe.verdict == "labels":
+            head = self.questions.template.head
+            assert head.labels is not None  # checked in __init__
+            return score_from_top(replies[0].top, head.labels, head.min_label_mass)
+        return self.questions.read([(reply.text, reply.cut) for reply in replies])
 
     async def _ask_all(
-        self, journal: Journal, calls: Sequence[tuple[Place, tuple[Message, ...], int]]
+        self, journal: Journal, calls: Sequence[tuple[Place, tuple[Message, ...], int]], tick: Callable[[], None]
     ) -> list[Reply | CallError]:
-        """The reply of every call, or why there is none, in order."""
+        """The reply of every call, or why there is none, in order; calls that are the same are asked once. `tick` is called
+        when one is there.
+        """
         try:
             async with (
                 asyncio.timeout(max(0.0, self._until - time.monotonic())),
                 Endpoint(self._settings, self._key, until=self._until) as endpoint,
             ):
-                work = [
-                    asyncio.ensure_future(self._ask(journal, endpoint, messages, seed)) for _, messages, seed in calls
-                ]
+                asked = {
+                    question: asyncio.ensure_future(self._ask(journal, endpoint, *question))
+                    for question in dict.fromkeys((messages, seed) for _, messages, seed in calls)
+                }
+                work = [asyncio.ensure_future(_ticked(asked[messages, seed], tick)) for _, messages, seed in calls]
                 try:
                     found = await asyncio.gather(*work)
                 finally:
-                    for task in work:  # one may have failed for all
+                    for task in (*asked.values(), *work):  # one may have failed for all
                         task.cancel()
-                    await asyncio.gather(*work, return_exceptions=True)
+                    await asyncio.gather(*asked.values(), *work, return_exceptions=True)
                     self._num_retries += endpoint.num_retries
         except TimeoutError:
             raise self._down(f"judge.deadline, {self.recipe.deadline:g} s for a stage, has passed") from None
@@ -180,7 +214,8 @@ class ApiJudge:
             reply = await endpoint.ask(messages, seed)
         except CallError as error:
             self._num_failed += 1
-            self._failed_in_row += 1
+            # a server that refuses a question is up
+            self._failed_in_row = self._failed_in_row + 1 if isinstance(error, NoReplyError) else 0
             if self._failed_in_row >= MAX_FAILURES:
                 raise self._down(f"{self._failed_in_row} calls in a row got no reply; the last: {error}") from None
             return error
@@ -193,6 +228,12 @@ class ApiJudge:
             f"judge {self.recipe.base_url}, model {self.recipe.model}: {what}.\nThe replies so far are kept; when the server "
             "works again, the same command goes on from them (judge.deadline, timeout and max_retries may be changed)"
         )
+
+
+async def _ticked(call: Awaitable[Reply | CallError], tick: Callable[[], None]) -> Reply | CallError:
+    reply = await call
+    tick()
+    return reply
 
 
 def _unspelled(messages: Sequence[Message]) -> tuple[Message, ...]:

@@ -73,6 +73,13 @@ def _check_notes(judgement: Judgement, where: str) -> tuple[str, ...]:
     return (*notes, *[""] * (len(judgement.scores) - len(notes)))
 
 
+def _check_verdicts(judgement: Judgement, where: str) -> tuple[tuple[float | None, ...], ...]:
+    rows = judgement.verdicts
+    if not isinstance(rows, tuple | list) or not all(isinstance(row, tuple | list) for row in rows):
+        raise JudgeError(f"{where}: `verdicts` must be a tuple of tuples, one per question; found {rows!r}.")
+    return tuple(tuple(as_score(value, f"{where}, question {n}") for value in row) for n, row in enumerate(rows))
+
+
 def _check_one(group: Group, judgement: object, judge_identity: str) -> Judgement:
     where = f"judge {judge_identity}, prompt {group.prompt.id}"
     if not isinstance(judgement, Judgement):
@@ -93,7 +100,8 @@ def _check_one(group: Group, judgement: object, judge_identity: str) -> Judgemen
     compared, flipped = judgement.num_compared, judgement.num_flipped
     if not (isinstance(compared, int) and isinstance(flipped, int) and 0 <= flipped <= compared):
         raise JudgeError(f"{where}: num_compared {compared!r} and num_flipped {flipped!r} are no such counts.")
-    return replace(judgement, scores=scores, notes=_check_notes(judgement, where))
+    notes, verdicts = _check_notes(judgement, where), _check_verdicts(judgement, where)
+    return replace(judgement, scores=scores, notes=notes, verdicts=verdicts)
 
 
 def check_judgements(groups: Sequence[Group], judgements: object, judge_identity: str) -> list[Judgement]:
@@ -106,13 +114,14 @@ def check_judgements(groups: Sequence[Group], judgements: object, judge_identity
         raise JudgeError(f"judge {judge_identity}: expected a list of judgements, found {type(judgements).__name__}.")
     if len(judgements) != len(groups):
         raise JudgeError(
-            f"judge {judge_identity}: {len(judgements)} judgements for {len(groups)} groups ({_named(groups)}). "
+            f"judge {judge_identity}: {len(judgements)} judgements for {len(groups)} groups ({named(groups)}). "
             "Return one per group, in the groups' order."
         )
     return [_check_one(group, found, judge_identity) for group, found in zip(groups, judgements, strict=True)]
 
 
-def _named(groups: Sequence[Group]) -> str:
+def named(groups: Sequence[Group]) -> str:
+    """The first few prompts, for a message."""
     shown = ", ".join(group.prompt.id for group in groups[:PROMPTS_SHOWN])
     return f"prompts {shown}" + (", ..." if len(groups) > PROMPTS_SHOWN else "")
 
@@ -137,7 +146,7 @@ def judge_checked(judge: Judge, groups: Sequence[Group], context: JudgeContext) 
             f"a judge's identity must be a text that isn't empty; {type(judge).__name__} has {identity!r}."
         )
     shown = [replace(group, prompt=_copied(group.prompt)) for group in groups]
-    with Blamed(f"judge {identity} raised on {_named(groups)}"):
+    with Blamed(f"judge {identity} raised on {named(groups)}"):
         judgements = judge.judge(list(shown), context)
     for group, seen in zip(groups, shown, strict=True):
         if seen != group:

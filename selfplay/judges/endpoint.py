@@ -3,7 +3,8 @@
 What may go wrong with a call, and what becomes of it:
 
     429, 408, 5xx, no connection, a connection lost, no reply in time     asked again, at most max_retries times, after what
-                                                                          Retry-After says or a growing, random pause
+                                                                          Retry-After says or a growing, random pause; then
+                                                                          NoReplyError
     another refusal, a redirect, a body too large, compressed or garbled  CallError: this call has no verdict
     401, 402, 403, 404                                                    JudgeError: no call could ever succeed
     an address that is link-local                                         SecurityError
@@ -16,8 +17,8 @@ import asyncio
 import email.utils
 import random
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
@@ -37,7 +38,9 @@ HOPELESS = {401: "it refuses the key", 402: "it wants to be paid", 403: "it forb
 
 @dataclass(frozen=True, slots=True)
 class EndpointSettings:
-    """Where and how a model is asked. `pause` is the first of the growing pauses between tries; times are seconds."""
+    """Where and how a model is asked. `pause` is the first of the growing pauses between tries; times are seconds. `extra`
+    are further fields of a request; with `logprobs` among them a reply without any is no reply.
+    """
 
     base_url: str
     model: str
@@ -50,10 +53,15 @@ class EndpointSettings:
     max_retries: int = 5
     timeout: float = 120.0
     pause: float = 1.0
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 class CallError(Exception):
     """Why one call gave no reply. The first line is the same for the same kind of fault."""
+
+
+class NoReplyError(CallError):
+    """No try got through: the server may be down. Any other CallError is something that a server said."""
 
 
 class _AgainError(Exception):
@@ -86,9 +94,23 @@ class _Message(BaseModel):
     content: str | None = None
 
 
+class _Top(BaseModel):
+    token: str
+    logprob: float
+
+
+class _Token(BaseModel):
+    top_logprobs: list[_Top] = Field(min_length=1)
+
+
+class _Logprobs(BaseModel):
+    content: list[_Token] = Field(min_length=1)
+
+
 class _Choice(BaseModel):
     message: _Message
     finish_reason: str | None = None
+    logprobs: Any = None  # read only where they were asked for
 
 
 class _Body(BaseModel):
@@ -134,7 +156,7 @@ class Endpoint:
                     if tries <= self.settings.max_retries:
                         self.num_retries += 1
                         await self._rest(tries, again)
-        raise CallError(failure)
+        raise NoReplyError(failure)
 
     async def _rest(self, tries: int, again: _AgainError) -> None:
         pause = min(MAX_PAUSE, self.settings.pause * 2 ** (tries - 1)) * random.uniform(0.5, 1)
@@ -162,6 +184,7 @@ class Endpoint:
                     temperature=settings.temperature,
                     top_p=settings.top_p,
                     seed=seed if settings.send_seed else openai.omit,
+                    extra_body=dict(settings.extra) or None,
                 )
                 body = raw.http_response.content
         except (TimeoutError, openai.APITimeoutError):
@@ -196,8 +219,19 @@ class Endpoint:
             shown = self._clean(body[:MAX_SAID].decode(errors="replace"))
             raise CallError(f"the server's body holds no completion\n{shown!r}") from None
         choice = found.choices[0]
-        counts = [_tokens(found.usage, name) for name in ("prompt_tokens", "completion_tokens")]
-        return Reply(self._clean(choice.message.content or ""), choice.finish_reason == "length", *counts)
+        prompt, completion = (_tokens(found.usage, name) for name in ("prompt_tokens", "completion_tokens"))
+        said = self._clean(choice.message.content or "")
+        return Reply(said, choice.finish_reason == "length", prompt, completion, self._top(choice.logprobs))
+
+    def _top(self, logprobs: Any) -> tuple[tuple[str, float], ...]:
+        """The most probable first tokens, where they were asked for."""
+        if "logprobs" not in self.settings.extra:
+            return ()
+        try:
+            first = _Logprobs.model_validate(logprobs).content[0]
+        except ValidationError:
+            raise CallError("the server gives no log-probabilities; take another judge.verdict than labels") from None
+        return tuple((self._clean(one.token), one.logprob) for one in first.top_logprobs)
 
     def _clean(self, text: str) -> str:
         """What a server says, without the key that it was given."""

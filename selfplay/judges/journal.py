@@ -23,12 +23,15 @@ USAGE = "usage.json"  # beside it, what the replies cost
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What a model wrote; whether max_tokens cut it; the tokens that the server counted."""
+    """What a model wrote; whether max_tokens cut it; the tokens that the server counted; where they were asked for, the most
+    probable first tokens and their logps (nats).
+    """
 
     text: str
     cut: bool
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    top: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,13 +9,15 @@ function. Async functions run side by side, at most `max_concurrency` calls at a
 """
 
 import asyncio
+import contextlib
+import dataclasses
 import functools
 import hashlib
 import inspect
 import math
 import platform
 import sys
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import permutations
 from pathlib import Path
@@ -24,7 +26,7 @@ from typing import Any, TypeVar, overload
 
 from selfplay.errors import JudgeError
 from selfplay.judges.contract import Blamed, as_score
-from selfplay.protocols import JudgeContext
+from selfplay.protocols import JudgeContext, PairSelector
 from selfplay.types import Completion, Group, Judgement, Prompt
 
 T = TypeVar("T")
@@ -38,30 +40,49 @@ EMPTY_CELL = CellType()  # what a function that names itself closes over while i
 PLAIN = (str, bytes, int, float, bool, type(None))
 
 
-def _call_one_by_one(function: Callable[..., Any], calls: Sequence[Call]) -> list[Any]:
-    values = []
-    for where, arguments in calls:
-        with Blamed(where):
-            values.append(function(*arguments))
-    return values
+class Calls:
+    """Calls of a function, their values in order. `running` holds where those stand that have begun and not ended: who
+    waits in vain can say for what.
+    """
 
+    def __init__(self, function: Callable[..., Any], max_concurrency: int) -> None:
+        self.function = function
+        self.max_concurrency = max_concurrency
+        self.running: dict[str, None] = {}
 
-async def _call_side_by_side(function: Callable[..., Any], calls: Sequence[Call], max_concurrency: int) -> list[Any]:
-    free = asyncio.Semaphore(max_concurrency)
+    def make(self, calls: Sequence[Call], progress: Callable[[int], None]) -> list[Any]:
+        """The value of every call; `progress` is called with the number of those that are done."""
+        self.running.clear()
+        self._done, self._progress = 0, progress
+        function = self.function
+        if not (inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)):
+            return self._one_by_one(calls)
+        return run_async(self._side_by_side(calls))
 
-    async def one(where: str, arguments: tuple[Any, ...]) -> Any:
-        async with free:
-            with Blamed(where):
-                return await function(*arguments)
+    def _one_by_one(self, calls: Sequence[Call]) -> list[Any]:
+        values = []
+        for where, arguments in calls:
+            with self._watched(where), Blamed(where):
+                values.append(self.function(*arguments))
+        return values
 
-    return await asyncio.gather(*(one(where, arguments) for where, arguments in calls))
+    async def _side_by_side(self, calls: Sequence[Call]) -> list[Any]:
+        free = asyncio.Semaphore(self.max_concurrency)
 
+        async def one(where: str, arguments: tuple[Any, ...]) -> Any:
+            async with free:
+                with self._watched(where), Blamed(where):
+                    return await self.function(*arguments)
 
-def _call_all(function: Callable[..., Any], calls: Sequence[Call], max_concurrency: int) -> list[Any]:
-    """The value of every call, in order."""
-    if not (inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)):
-        return _call_one_by_one(function, calls)
-    return run_async(_call_side_by_side(function, calls, max_concurrency))
+        return await asyncio.gather(*(one(where, arguments) for where, arguments in calls))
+
+    @contextlib.contextmanager
+    def _watched(self, where: str) -> Iterator[None]:
+        self.running[where] = None
+        yield
+        del self.running[where]
+        self._done += 1
+        self._progress(self._done)
 
 
 def run_async(work: Coroutine[Any, Any, T]) -> T:
@@ -82,7 +103,14 @@ def _code_text(code: CodeType) -> str:
     return repr((code.co_code.hex(), code.co_names, consts))
 
 
-def _state_text(function: Callable[..., Any]) -> str:
+def _attributes(owner: object) -> dict[str, Any]:
+    """What an object holds; a dataclass with slots has no __dict__."""
+    fields = dataclasses.fields(owner) if dataclasses.is_dataclass(owner) else ()
+    found = {field.name: getattr(owner, field.name) for field in fields if hasattr(owner, field.name)}
+    return found | (dict(vars(owner)) if hasattr(owner, "__dict__") else {})
+
+
+def _state_text(function: Callable[..., Any] | PairSelector) -> str:
     """The values that a function carries along, as far as they are plain: one source makes many functions, and a value
     of another type has no text that stays the same in the next process.
     """
@@ -98,11 +126,11 @@ def _state_text(function: Callable[..., Any]) -> str:
         values |= {f"argument {n}": value for n, value in enumerate(function.args)} | function.keywords
     else:
         owner = function.__self__ if isinstance(function, MethodType) else function
-        values |= vars(owner) if hasattr(owner, "__dict__") else {}
+        values |= _attributes(owner)
     return repr([(name, value) for name, value in values.items() if isinstance(value, PLAIN)])
 
 
-def _source_text(function: Callable[..., Any]) -> str:
+def _source_text(function: Callable[..., Any] | PairSelector) -> str:
     """The source of a function, or of a callable object's class; else the bytes of its file, in hex; else its code."""
     described = function if inspect.isroutine(function) else type(function)
     try:
@@ -116,14 +144,14 @@ def _source_text(function: Callable[..., Any]) -> str:
     return _code_text(function.__code__) if isinstance(function, FunctionType) else platform.python_version()
 
 
-def function_identity(kind: str, function: Callable[..., Any], name: str | None = None) -> str:
+def function_identity(kind: str, function: Callable[..., Any] | PairSelector, name: str | None = None) -> str:
     """`kind:module.name@digest`: the digest is 16 hex digits of the SHA-256 of the function's source.
 
     The digest also takes plain values the function carries: defaults, closed-over values, an object's attributes. It
     doesn't see what the function calls or reads elsewhere; a change there needs another `name`. A judge loaded by
     import path (judges/python.py) has its whole file in its identity.
     """
-    inner = inspect.unwrap(function)
+    inner: Any = inspect.unwrap(function) if callable(function) else function
     text = _state_text(inner)
     while isinstance(inner, functools.partial):
         inner = inner.func
@@ -141,11 +169,14 @@ class PointwiseJudge:
     def __init__(self, function: PointwiseFunction, *, name: str | None = None, max_concurrency: int) -> None:
         functools.update_wrapper(self, function)  # first: it copies the function's own attributes over ours
         self.function = function
-        self.max_concurrency = max_concurrency
+        self.calls = Calls(function, max_concurrency)
         self.identity = function_identity(self.kind, function, name)
 
     def __call__(self, prompt: Prompt, completion: Completion) -> Verdict | Awaitable[Verdict]:
         return self.function(prompt, completion)
+
+    def count_verdicts(self, groups: Sequence[Group]) -> int:
+        return sum(len(group.completions) for group in groups)
 
     def judge(self, groups: Sequence[Group], context: JudgeContext) -> list[Judgement]:
         """One judgement per group. JudgeError, naming prompt and completion: the function raised, or its value is no
@@ -160,7 +191,7 @@ class PointwiseJudge:
             for group, row in zip(groups, wheres, strict=True)
             for where, completion in zip(row, group.completions, strict=True)
         ]
-        values = iter(_call_all(self.function, calls, self.max_concurrency))
+        values = iter(self.calls.make(calls, context.progress))
         judgements = []
         for group, row in zip(groups, wheres, strict=True):
             scores = tuple(as_score(next(values), where) for where in row)
@@ -186,11 +217,14 @@ class PairwiseJudge:
     def __init__(self, function: PairwiseFunction, *, name: str | None = None, max_concurrency: int) -> None:
         functools.update_wrapper(self, function)  # first: it copies the function's own attributes over ours
         self.function = function
-        self.max_concurrency = max_concurrency
+        self.calls = Calls(function, max_concurrency)
         self.identity = function_identity(self.kind, function, name)
 
     def __call__(self, prompt: Prompt, a: Completion, b: Completion) -> Verdict | Awaitable[Verdict]:
         return self.function(prompt, a, b)
+
+    def count_verdicts(self, groups: Sequence[Group]) -> int:
+        return sum(len(group.completions) * (len(group.completions) - 1) for group in groups)
 
     def judge(self, groups: Sequence[Group], context: JudgeContext) -> list[Judgement]:
         """One judgement per group. JudgeError, naming prompt and completions: the function raised, or its value is no
@@ -202,7 +236,7 @@ class PairwiseJudge:
             for group, orders in zip(groups, asked, strict=True)
             for i, j in orders
         ]
-        values = iter(_call_all(self.function, calls, self.max_concurrency))
+        values = iter(self.calls.make(calls, context.progress))
         judgements = []
         for group, orders in zip(groups, asked, strict=True):
             first_wins = {(i, j): _as_probability(next(values), self._where(group, i, j)) for i, j in orders}

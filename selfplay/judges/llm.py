@@ -1,5 +1,5 @@
 """A model as a judge: asked in words about every completion, or every two of them, its verdict read from its text or from
-label probabilities.
+label probabilities, or drawn from a few texts alone.
 
 Self-Rewarding Language Models (arXiv:2401.10020): the policy itself judges, several verdicts are drawn, and the score
 is the mean of those that can be read. With `model="policy"` the judge asks the policy's engine, which is loaded
@@ -15,7 +15,7 @@ from typing import Literal, Protocol, Self, runtime_checkable
 from selfplay.chat import Chat
 from selfplay.errors import GeneratorError, RecipeError
 from selfplay.generators.engine import Request, Result
-from selfplay.judges.questions import Place, Questions, check_readable
+from selfplay.judges.questions import Place, Questions, check_asked
 from selfplay.judges.template import JudgeTemplate
 from selfplay.judges.verdicts import Verdict
 from selfplay.protocols import JudgeContext
@@ -39,12 +39,20 @@ class JudgeModel(Protocol):
     @property
     def engine(self) -> _Sized: ...
 
-    def complete(self, requests: Sequence[Request]) -> dict[str, Result]:
-        """The result of each request, by its id."""
+    def complete(
+        self, requests: Sequence[Request], *, progress: Callable[[int, int], None] | None = None
+    ) -> dict[str, Result]:
+        """The result of each request, by its id. `progress` is called with the results and the tokens so far."""
         ...
 
-    def score_labels(self, prompts: Sequence[tuple[int, ...]], label_token_ids: Sequence[int]) -> list[list[float]]:
-        """For each prompt the logps (nats) of each label as its next token."""
+    def score_labels(
+        self,
+        prompts: Sequence[tuple[int, ...]],
+        label_token_ids: Sequence[int],
+        *,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[list[float]]:
+        """For each prompt the logps (nats) of each label as its next token. `progress` is called with the prompts so far."""
         ...
 
 
@@ -53,7 +61,8 @@ class LLMJudge:
     beating another one (see lift.py).
 
     `verdict="parse"`: `num_verdicts` texts are drawn at `temperature` and `top_p`, up to `max_tokens` each; the verdict
-    is the mean of those that can be read, None where none can. `verdict="labels"`: nothing is drawn; the verdict is the
+    is the mean of those that can be read, None where none can. `verdict="constrained"`: the same, but the engine draws
+    nothing else than the verdict's choices (choices.py). `verdict="labels"`: nothing is drawn; the verdict is the
     expected value sum_i p_i v_i over the template's labels, p renormalised over them.
 
     `model` is "policy" (then `context.generator` is asked) or the digest of another model, which `generator_factory`
@@ -65,7 +74,7 @@ class LLMJudge:
         self,
         template: JudgeTemplate,
         *,
-        verdict: Literal["parse", "labels"] = "parse",
+        verdict: Literal["parse", "labels", "constrained"] = "parse",
         num_verdicts: int = 1,
         temperature: float = 0.7,
         top_p: float = 0.9,
@@ -78,11 +87,8 @@ class LLMJudge:
             raise RecipeError(
                 "judge.model: the policy judges on its own engine; any other model needs a generator_factory."
             )
-        self.questions = Questions(template, num_verdicts, system_prompt)
-        if verdict == "labels":
-            _check_labels(self.questions)
-        else:
-            check_readable(self.questions, temperature)
+        self.questions = Questions(template, num_verdicts, system_prompt, verdict == "constrained")
+        check_asked(self.questions, verdict=verdict, temperature=temperature)
         self.verdict = verdict
         self.sampling = Sampling(temperature=temperature, top_p=top_p, max_tokens=max_tokens)
         self.model = model
@@ -107,6 +113,9 @@ class LLMJudge:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
+    def count_verdicts(self, groups: Sequence[Group]) -> int:
+        return self.questions.count(groups)
+
     def judge(self, groups: Sequence[Group], context: JudgeContext) -> list[Judgement]:
         """One judgement per group. A judge prompt that doesn't fit the model's length, or lacks the gold that its
         template asks for, gets None with a note. RecipeError: a label that isn't one token. GeneratorError: the
@@ -122,8 +131,15 @@ class LLMJudge:
                 verdicts[place] = found
             else:
                 asked[place] = found
+        settled = len(verdicts) * self.questions.num_verdicts
+
+        def tell(done: int, _: int = 0) -> None:
+            context.progress(settled + done)
+
         verdicts |= (
-            self._labels(model, asked) if self.verdict == "labels" else self._texts(model, asked, groups, context)
+            self._labels(model, asked, tell)
+            if self.verdict == "labels"
+            else self._texts(model, asked, groups, context.seed, tell)
         )
         return self.questions.judgements(groups, verdicts)
 
@@ -157,15 +173,17 @@ class LLMJudge:
         model: JudgeModel,
         asked: dict[Place, tuple[int, ...]],
         groups: Sequence[Group],
-        context: JudgeContext,
+        seed: int,
+        tell: Callable[[int, int], None],
     ) -> dict[Place, Verdict]:
         count = self.questions.num_verdicts
+        choices = tuple(self.questions.choices)
         requests = [
-            Request(_id(place, n), ids, self.questions.seed(groups, place, n, context.seed), self.sampling)
+            Request(_id(place, n), ids, self.questions.seed(groups, place, n, seed), self.sampling, choices)
             for place, ids in asked.items()
             for n in range(count)
         ]
-        chat, results = _chat(model), model.complete(requests) if requests else {}
+        chat, results = _chat(model), model.complete(requests, progress=tell) if requests else {}
         missing = [request.id for request in requests if request.id not in results]
         if missing:
             raise GeneratorError(
@@ -175,11 +193,13 @@ class LLMJudge:
             place: self.questions.read([_said(chat, results[_id(place, n)]) for n in range(count)]) for place in asked
         }
 
-    def _labels(self, model: JudgeModel, asked: dict[Place, tuple[int, ...]]) -> dict[Place, Verdict]:
+    def _labels(
+        self, model: JudgeModel, asked: dict[Place, tuple[int, ...]], tell: Callable[[int], None]
+    ) -> dict[Place, Verdict]:
         head = self.questions.template.head
         assert head.labels is not None  # checked in __init__
         label_ids = label_token_ids(_chat(model), list(head.labels))
-        rows = model.score_labels(list(asked.values()), label_ids) if asked else []
+        rows = model.score_labels(list(asked.values()), label_ids, progress=tell) if asked else []
         if len(rows) != len(asked):
             raise GeneratorError(
                 f"the judge's engine scored the labels of {len(rows)} prompts, and {len(asked)} were asked"
@@ -204,18 +224,6 @@ def _said(chat: Chat, result: Result) -> tuple[str, bool]:
     """The text of a verdict, thinking cut off, and whether max_tokens cut it."""
     said = chat.completion(result.token_ids, result.logps, result.finish_reason, result.stop_reason)
     return said.text, result.finish_reason == "length"
-
-
-def _check_labels(questions: Questions) -> None:
-    head = questions.template.head
-    if head.labels is None:
-        raise RecipeError(
-            f"judge.template: {head.name} has no `labels`; use verdict: parse, or add labels to the template."
-        )
-    if questions.num_verdicts != 1:
-        raise RecipeError(
-            f"judge.num_verdicts is {questions.num_verdicts}, but verdict: labels draws nothing; set it to 1."
-        )
 
 
 def label_token_ids(chat: Chat, labels: Sequence[str]) -> list[int]:

@@ -9,6 +9,7 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 from selfplay.errors import JudgeError, RecipeError, SecurityError, SelfplayError
 from selfplay.judges.contract import Blamed
 from selfplay.judges.lift import MAX_CONCURRENCY, PairwiseJudge, PointwiseJudge
-from selfplay.protocols import Judge, JudgeContext
+from selfplay.protocols import CountingJudge, Judge, JudgeContext, StagedJudge
 from selfplay.types import Group, Judgement
 
 
@@ -34,11 +35,22 @@ class LoadedJudge:
         own = inner.identity if isinstance(inner, Judge) else ""
         self.identity = f"{identity} {own}".strip()
 
+    def count_verdicts(self, groups: Sequence[Group]) -> int | None:
+        return self.inner.count_verdicts(groups) if isinstance(self.inner, CountingJudge) else None
+
+    def running(self) -> list[str]:
+        """Where the calls stand that have begun and not ended; nothing where the judge takes groups as a whole."""
+        return list(self.inner.calls.running) if isinstance(self.inner, PointwiseJudge | PairwiseJudge) else []
+
     def judge(self, groups: Sequence[Group], context: JudgeContext) -> Sequence[Judgement]:
         return self.inner.judge(groups, context)
 
+    def stage(self, folder: Path, note: Callable[[str], None]) -> AbstractContextManager[object]:
+        """The judge's own block around a stage, where it has one."""
+        return self.inner.stage(folder, note) if isinstance(self.inner, StagedJudge) else nullcontext()
 
-def load_python_judge(target: str, base: Path, *, allow_code: bool) -> Judge:
+
+def load_python_judge(target: str, base: Path, *, allow_code: bool) -> LoadedJudge:
     """The judge that `target` names; a file is looked for in `base`, the recipe's folder.
 
     A function of 2 parameters (prompt, completion) becomes a pointwise judge, one of 3 (prompt, a, b) a pairwise one;

@@ -8,10 +8,12 @@ templates are asked about every two completions in both orders; lift.py undoes t
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import permutations
+from typing import Literal
 
 from selfplay.errors import RecipeError
+from selfplay.judges.choices import read_choice, verdict_choices
 from selfplay.judges.lift import win_rates
 from selfplay.judges.template import JudgeTemplate
 from selfplay.judges.verdicts import PARSER_VERSION, Verdict
@@ -23,11 +25,19 @@ Said = tuple[str, bool]  # what a model wrote, and whether max_tokens cut it
 
 @dataclass(frozen=True, slots=True)
 class Questions:
-    """A template and how often each question is put. `system_prompt` stands in for the template's own."""
+    """A template and how often each question is put. `system_prompt` stands in for the template's own; `constrained`
+    verdicts are one of `choices`.
+    """
 
     template: JudgeTemplate
     num_verdicts: int = 1
     system_prompt: str | None = None
+    constrained: bool = False
+
+    @property
+    def choices(self) -> dict[str, float]:
+        """What a constrained verdict may be, and the score of each; empty where verdicts are free."""
+        return verdict_choices(self.template.head) if self.constrained else {}
 
     def identity(self, how: str) -> str:
         """Template, parser, `how` verdicts are drawn, system prompt."""
@@ -39,13 +49,18 @@ class Questions:
 
     def drawn(self, sampling: Sampling) -> str:
         """How texts are drawn, for an identity."""
-        return f"{self.num_verdicts}x T{sampling.temperature:g} p{sampling.top_p:g} max{sampling.max_tokens}"
+        way = "constrained " if self.constrained else ""
+        return f"{way}{self.num_verdicts}x T{sampling.temperature:g} p{sampling.top_p:g} max{sampling.max_tokens}"
 
     def ask(self, groups: Sequence[Group]) -> dict[Place, tuple[Message, ...] | Verdict]:
         """Every question as messages, or why it can't be put."""
         return {
             (g, *shown): self._messages(group, shown) for g, group in enumerate(groups) for shown in self._shown(group)
         }
+
+    def count(self, groups: Sequence[Group]) -> int:
+        """How many verdicts these groups take."""
+        return self.num_verdicts * sum(len(self._shown(group)) for group in groups)
 
     def _shown(self, group: Group) -> list[Place]:
         """Which completions each question of a group shows, in which order."""
@@ -64,6 +79,8 @@ class Questions:
 
     def read(self, said: Sequence[Said]) -> Verdict:
         """The mean of the verdicts that can be read, with a note that lists them all where there were several."""
+        if choices := self.choices:
+            return mean_verdict([read_choice(text, choices, cut=cut) for text, cut in said])
         parse = self.template.head.parse
         assert parse is not None  # `check_readable` has seen to it
         return mean_verdict([parse.read(text, cut=cut) for text, cut in said])
@@ -75,31 +92,59 @@ class Questions:
 
     def _pointwise(self, g: int, group: Group, verdicts: Mapping[Place, Verdict]) -> Judgement:
         row = [verdicts[g, k] for k in range(len(group.completions))]
-        return Judgement(group.prompt.id, tuple(v.score for v in row), tuple(v.note for v in row))
+        drawn = tuple(v.drawn for v in row if v.drawn)
+        return Judgement(group.prompt.id, tuple(v.score for v in row), tuple(v.note for v in row), verdicts=drawn)
 
     def _pairwise(self, g: int, group: Group, verdicts: Mapping[Place, Verdict]) -> Judgement:
         asked = {(i, j): verdicts[g, i, j] for i, j in permutations(range(len(group.completions)), 2)}
         why = {shown: verdict.note for shown, verdict in asked.items() if verdict.score is None}
-        return win_rates(group, {shown: verdict.score for shown, verdict in asked.items()}, why)
+        found = win_rates(group, {shown: verdict.score for shown, verdict in asked.items()}, why)
+        return replace(found, verdicts=tuple(v.drawn for v in asked.values() if v.drawn))
 
 
 def mean_verdict(verdicts: Sequence[Verdict]) -> Verdict:
-    """The mean of the verdicts that have a score; its note lists them all where there were several."""
+    """The mean of the verdicts that have a score; its note and `drawn` list them all where there were several."""
     scores = [verdict.score for verdict in verdicts if verdict.score is not None]
+    if len(verdicts) == 1:
+        return verdicts[0]
+    drawn = tuple(verdict.score for verdict in verdicts)
     if not scores:
-        count = "" if len(verdicts) == 1 else f"none of {len(verdicts)} verdicts can be read: "
-        return Verdict(None, count + verdicts[0].note)
-    listed = " ".join("-" if verdict.score is None else f"{verdict.score:g}" for verdict in verdicts)
-    return Verdict(math.fsum(scores) / len(scores), "" if len(verdicts) == 1 else f"verdicts {listed}")
+        return Verdict(None, f"none of {len(verdicts)} verdicts can be read: {verdicts[0].note}", drawn)
+    listed = " ".join("-" if score is None else f"{score:g}" for score in drawn)
+    return Verdict(math.fsum(scores) / len(scores), f"verdicts {listed}", drawn)
+
+
+def check_labels(questions: Questions) -> None:
+    """RecipeError where a template has no labels to look at, or where several verdicts would be the same."""
+    head = questions.template.head
+    if head.labels is None:
+        raise RecipeError(
+            f"judge.template: {head.name} has no `labels`; use verdict: parse, or add labels to the template."
+        )
+    if questions.num_verdicts != 1:
+        raise RecipeError(
+            f"judge.num_verdicts is {questions.num_verdicts}, but verdict: labels draws nothing; set it to 1."
+        )
+
+
+def check_asked(
+    questions: Questions, *, verdict: Literal["parse", "labels", "constrained"], temperature: float
+) -> None:
+    """RecipeError where a template and the way in which verdicts are had don't fit."""
+    if verdict == "labels":
+        check_labels(questions)
+    else:
+        check_readable(questions, temperature)
 
 
 def check_readable(questions: Questions, temperature: float) -> None:
-    """RecipeError where verdicts can't be read from text, or where several could not differ."""
+    """RecipeError where verdicts can't be read from text, can't be constrained, or where several could not differ."""
     head = questions.template.head
-    if head.parse is None:
+    choices = questions.choices  # refuses a template without a list of them
+    if head.parse is None and not choices:
         raise RecipeError(
-            f"judge.template: {head.name} has no `parse`, so its verdict can't be read from text; add one to the "
-            "template, or use verdict: labels (kind llm)."
+            f"judge.template: {head.name} has no `parse`, so its verdict can't be read from free text; add one to the "
+            "template, or use verdict: labels or constrained."
         )
     if questions.num_verdicts < 1:
         raise RecipeError(f"judge.num_verdicts is {questions.num_verdicts}; it must be at least 1.")

@@ -27,11 +27,13 @@ _AROUND = " \t[]()<>{}\"'"
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """What was read from a judge's text: a score, or None and the reason. The reason's first line is the same for the
-    same kind of fault; an excerpt may follow on the second.
+    same kind of fault; an excerpt may follow on the second. `drawn` are the verdicts that it is the mean of, where there
+    were several.
     """
 
     score: float | None
     note: str = ""
+    drawn: tuple[float | None, ...] = ()
 
 
 class VerdictLine(Section):

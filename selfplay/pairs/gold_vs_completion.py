@@ -30,7 +30,12 @@ class GoldVsCompletion:
 
 
 def require_gold(group: Group) -> Completion:
-    """The gold answer of a group. DataError where its prompt has none."""
+    """The gold answer of a group. DataError where its prompt has none, or was sampled for a pairing that needs none."""
+    if group.gold is None and group.prompt.gold is not None:
+        raise DataError(
+            f"prompt {group.prompt.id} ({group.prompt.source}) has a gold answer, but its group was sampled without: generate "
+            "it anew, with this pairing in the recipe"
+        )
     if group.gold is None:
         raise DataError(
             f"prompt {group.prompt.id} ({group.prompt.source}) has no gold answer, which this pairing needs: "

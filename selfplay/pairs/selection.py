@@ -67,7 +67,7 @@ def select_pairs(
         unusable.update(reason for reason in reasons if reason is not None)
         pairs += [replace(pair, origin_round=round, judge=judge) for pair in found]
         if not found:
-            drops.append(Drop(group.prompt.id, _why_none(selector, group, judgement, reasons)))
+            drops.append(Drop(group.prompt.id, _why_none(selector, group, judgement, reasons), group.prompt.source))
     return Selection(tuple(pairs), tuple(drops), dict(unusable))
 
 

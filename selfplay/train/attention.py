@@ -2,7 +2,7 @@
 
 A dense mask over a pack of T tokens costs T x T, most of it for pairs of places that don't see each other. Transformers
 calls `packed_attention` under the name IMPLEMENTATION; the blocks travel with the mask, so models need no change.
-Shapes: B batch (1 for packs), H query heads, K key heads, G = H / K, T tokens, D head size, q queries and k keys of a block.
+Shapes: B rows, H query heads, K key heads, G = H / K, T tokens, D head size, q queries and k keys of a block.
 """
 
 from collections.abc import Iterator, Sequence
@@ -42,11 +42,11 @@ class Block:
         return torch.cat([x_KTD[:, self.prompt_start : self.prompt_end], own], 1) if self.num_shared else own
 
 
-def marked_mask(lengths: Sequence[Sequence[int]], *, window: int | None, device: torch.device) -> Tensor:
-    """What a model is given as its attention mask, shape (1, 1, T, T): no memory behind it, but the blocks with it.
+def marked_mask(lengths: Sequence[Sequence[int]], *, rows: int, window: int | None, device: torch.device) -> Tensor:
+    """What a model is given as its attention mask, shape (B, 1, T, T): no memory behind it, but the blocks with it.
 
-    `lengths` are those of each prompt and its completions, in the pack's order. A window counts positions, which run on
-    from the prompt in every completion.
+    `lengths` are those of each prompt and its completions, row after row, and cover every place of the B `rows`. A window
+    counts positions, which run on from the prompt in every completion.
     """
     blocks: list[Block] = []
     place = 0
@@ -59,7 +59,7 @@ def marked_mask(lengths: Sequence[Sequence[int]], *, window: int | None, device:
             hidden_qk = key > query if window is None else (key > query) | (query - key >= window)
             blocks.append(Block(first, first + shared, place, place + count, hidden_qk))
             place += count
-    mask = torch.zeros((), dtype=torch.bool, device=device).expand(1, 1, place, place)
+    mask = torch.zeros((), dtype=torch.bool, device=device).expand(rows, 1, place // rows, place // rows)
     setattr(mask, MARK, tuple(blocks))
     return mask
 
@@ -94,10 +94,13 @@ def packed_attention(
         return plain, None
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     stored = sum((b.end - b.start) * (b.num_shared + b.end - b.start) for b in blocks)
-    if query.device.type == "cpu" and stored <= MAX_STORED_KEYS * query.shape[2]:
-        out: Tensor = _StoredAttention.apply(query[0], key[0], value[0], scale, blocks)  # type: ignore[no-untyped-call]
-        return out[None], None
-    return _sdpa_blocks(query[0], key[0], value[0], scale, blocks)[None], None
+    # the rows one behind another: the places of blocks count through all of them
+    q_HTD, k_KTD, v_KTD = (x.transpose(0, 1).flatten(1, 2) for x in (query, key, value))
+    if query.device.type == "cpu" and stored <= MAX_STORED_KEYS * q_HTD.shape[1]:
+        out: Tensor = _StoredAttention.apply(q_HTD, k_KTD, v_KTD, scale, blocks)  # type: ignore[no-untyped-call]
+    else:
+        out = _sdpa_blocks(q_HTD, k_KTD, v_KTD, scale, blocks)
+    return out.view(query.shape[0], -1, *out.shape[1:]), None
 
 
 def _sdpa_blocks(q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, scale: float, blocks: tuple[Block, ...]) -> Tensor:

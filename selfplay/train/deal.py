@@ -13,7 +13,13 @@ from selfplay.types import TrainRow
 
 
 def deal(
-    pairs: Sequence[TrainRow], indices: Sequence[int], *, max_pack_tokens: int, shared: bool, size: int
+    pairs: Sequence[TrainRow],
+    indices: Sequence[int],
+    *,
+    max_pack_tokens: int,
+    shared: bool,
+    size: int,
+    max_pack_length: int | None = None,
 ) -> list[list[int]]:
     """The indices of each of `size` processes, in the order of `indices`: the largest unit first, always to the process with
     the fewest tokens so far. No unit is larger than a pack, so two processes differ by at most one unit.
@@ -22,9 +28,8 @@ def deal(
         return [list(indices)]
     loads = [0] * size
     taken: list[set[int]] = [set() for _ in range(size)]
-    for tokens, members in sorted(
-        units(pairs, indices, max_pack_tokens=max_pack_tokens, shared=shared), key=lambda unit: -unit[0]
-    ):
+    parts = units(pairs, indices, max_pack_tokens=max_pack_tokens, max_pack_length=max_pack_length, shared=shared)
+    for tokens, members in sorted(parts, key=lambda unit: -unit[0]):
         least = loads.index(min(loads))
         loads[least] += tokens
         taken[least].update(members)
@@ -32,18 +37,25 @@ def deal(
 
 
 def own_packs(
-    world: World, pairs: Sequence[TrainRow], indices: Sequence[int], *, max_pack_tokens: int, shared: bool
+    world: World,
+    pairs: Sequence[TrainRow],
+    indices: Sequence[int],
+    *,
+    max_pack_tokens: int,
+    max_pack_length: int | None,
+    shared: bool,
 ) -> list[tuple[Pack, float]]:
     """(pack, weight) of this process; weight 0 marks a dummy. At least one, so that every process has gradients and metrics.
 
     Where weights are sharded the number is the same in all processes, which asks them.
     """
-    shares = deal(pairs, indices, max_pack_tokens=max_pack_tokens, shared=shared, size=world.size)
-    packs = build_packs(pairs, shares[world.rank], max_pack_tokens=max_pack_tokens, shared=shared)
+    cap, longest = max_pack_tokens, max_pack_length
+    shares = deal(pairs, indices, max_pack_tokens=cap, max_pack_length=longest, shared=shared, size=world.size)
+    packs = build_packs(pairs, shares[world.rank], max_pack_tokens=cap, max_pack_length=longest, shared=shared)
     wanted = world.most(len(packs))[0] if world.sharding is not None else max(1, len(packs))
     dummies: list[tuple[Pack, float]] = []
     if len(packs) < wanted:
         shortest = min(indices, key=lambda i: len(pairs[i].prompt_token_ids) + sum(map(len, pairs[i].completions)))
-        dummy = build_packs(pairs, [shortest], max_pack_tokens=max_pack_tokens, shared=shared)[0]
+        dummy = build_packs(pairs, [shortest], max_pack_tokens=cap, max_pack_length=longest, shared=shared)[0]
         dummies = [(dummy, 0.0)] * (wanted - len(packs))
     return [*((pack, 1.0) for pack in packs), *dummies]

@@ -15,6 +15,8 @@ from selfplay.train.progress import Progress
 from selfplay.train.reference import as_demonstration
 from selfplay.types import Group
 
+DEFAULT_PACK_TOKENS = 2048  # without gradients any device has room for these
+
 
 @dataclass(frozen=True, slots=True)
 class KLJob:
@@ -23,7 +25,7 @@ class KLJob:
     initial: str
     groups: tuple[str, ...]
     bf16: bool
-    max_pack_tokens: int
+    max_pack_tokens: int | None  # None: DEFAULT_PACK_TOKENS
 
 
 @torch.no_grad()
@@ -43,7 +45,8 @@ def run_kl(job: KLJob, progress: Progress) -> dict[str, Any]:
     module = TokenLogps(model)
     rows = [as_demonstration(g, c.token_ids) for g, c in sampled]
     initial, done = 0.0, 0
-    for pack in build_packs(rows, range(len(rows)), max_pack_tokens=job.max_pack_tokens, shared=shared):
+    cap = job.max_pack_tokens or DEFAULT_PACK_TOKENS
+    for pack in build_packs(rows, range(len(rows)), max_pack_tokens=cap, shared=shared):
         initial += float(module(pack.to(device)).double().sum())
         done += len(pack.pair_B)
         progress("kl", done, len(rows))

@@ -66,7 +66,8 @@ class TokenLogps(nn.Module):
     def _form(self, pack: Pack, window: int | None) -> Tensor:
         kind = self.model.config._attn_implementation
         if kind == attention.IMPLEMENTATION:
-            return attention.marked_mask(pack.lengths, window=window, device=pack.input_ids_RT.device)
+            rows, device = len(pack.input_ids_RT), pack.input_ids_RT.device
+            return attention.marked_mask(pack.lengths, rows=rows, window=window, device=device)
         mask_R1TT = attention_mask(pack, window=window)
         if kind != "eager":
             return mask_R1TT

@@ -7,7 +7,7 @@ without gradients over packs, and from disk ever after. A job that was stopped g
 import collections
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from selfplay import faults, store
 from selfplay.errors import RecipeError, Stopped
 from selfplay.recipe_train import reads
+from selfplay.train.budget import pack_tokens, with_pack_length
 from selfplay.train.checkpoint import Checkpoints, Due, Found, processes_line
 from selfplay.train.model import default_device, load_model, save_policy
 from selfplay.train.optim import carry_optimizer, make_optimizer, make_schedule, save_optimizer
@@ -90,14 +91,28 @@ def _prepare(
 ) -> tuple[Any, Trainer]:
     """(model, trainer), at the step of the checkpoint that was found. Fills `result` with what is measured at the start."""
     settings = job.settings
-    load = partial(load_model, job.policy, lora=settings.lora, gradient_checkpointing=settings.gradient_checkpointing)
+    load = partial(
+        load_model,
+        job.policy,
+        lora=settings.lora,
+        load_in_4bit=settings.load_in_4bit,
+        gradient_checkpointing=settings.gradient_checkpointing,
+    )
     placed = place(load, world, bf16=settings.bf16, check=found is None)
     module, masters = placed.module, placed.masters
     if found is None:
         result["shared_prompts"], result["probe_difference"] = placed.shared, placed.difference
         result |= audit_engine(module, _groups(job), bound=settings.max_audit_difference, world=world) or {}
     shared: bool = result["shared_prompts"]
-    cap = found.max_pack_tokens if found is not None else settings.max_pack_tokens
+    # what the recipe leaves to the model and the machine
+    settings = with_pack_length(settings, module.model)
+    job = replace(job, settings=settings)
+    if found is None:
+        budget = Path(job.pack_budget or Path(job.out) / "pack_budget.json")
+        cap = pack_tokens(budget, module, masters, settings, shared=shared, world=world)
+        result["max_pack_tokens"] = cap
+    else:
+        cap = found.max_pack_tokens
 
     def halved(smaller: int) -> None:
         nonlocal cap
@@ -107,7 +122,7 @@ def _prepare(
 
     # before a checkpoint is loaded: the weights may themselves be the reference
     reference = find_reference(
-        job, pairs, module, masters, shared=shared, world=world, max_pack_tokens=cap, halved=halved, progress=progress
+        job, pairs, module, masters, max_pack_tokens=cap, shared=shared, world=world, halved=halved, progress=progress
     )
     optimizer = make_optimizer(masters, settings)
     if job.optimizer_state is not None and found is None:
@@ -201,10 +216,10 @@ def _summary(rows: list[dict[str, Any]], num_pairs: int, settings: TrainSettings
         "loss_first": rows[0]["loss"],
         "loss_last": last["loss"],
         # no rewards where the loss is sft alone
-        "rewards/accuracies": sum(r["rewards/accuracies"] * r["num_pairs"] for r in final) / in_final
-        if "rewards/accuracies" in last
-        else None,
-        "rewards/margins": last.get("rewards/margins"),
+        **{
+            key: sum(r[key] * r["num_pairs"] for r in final) / in_final if key in last else None
+            for key in ("rewards/accuracies", "rewards/margins")
+        },
         "audit/zero_logratio": rows[0].get("audit/zero_logratio"),
         "settings": asdict(settings),
     }

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from selfplay.adapters import CONFIG, SHARED_KEYS, base_folder, import_peft
-from selfplay.errors import RecipeError
+from selfplay.adapters import CONFIG, SHARED_KEYS, base_folder, import_peft, load_adapter
+from selfplay.errors import DataError, RecipeError
 from selfplay.store import write_folder
 
 WEIGHTS = "adapter_model.safetensors"
@@ -47,14 +47,20 @@ def write_adapter(model: Any, weights: Mapping[str, torch.Tensor], base: Path, f
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def merge_adapter(folder: Path, out: Path, *, dtype: str) -> None:
-    """A full checkpoint at `out`: the base with the adapter added to its weights, computed in fp32."""
+def merge_adapter(folder: Path, out: Path, *, dtype: str, base: Path | None = None) -> None:
+    """A full checkpoint at `out`: the base with the adapter added to its weights, computed in fp32. `base` takes the place of
+    the one that the adapter was trained on; DataError where the adapter doesn't fit it.
+    """
     from peft.tuners.lora import LoraLayer
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from selfplay.train.model import copy_tokenizer, load_model
 
-    model = load_model(str(folder))
+    base = base if base is not None else base_folder(folder)
+    try:
+        model = load_adapter(load_model(str(base)), folder, trainable=False)
+    except (RuntimeError, ValueError) as error:
+        raise DataError(f"{base}: the adapter in {folder} does not fit this model ({error})") from error
     for module in model.modules():
         if isinstance(module, LoraLayer):
             module.merge()
@@ -65,11 +71,11 @@ def merge_adapter(folder: Path, out: Path, *, dtype: str) -> None:
     }
 
     def write(target: Path) -> None:
-        config = AutoConfig.from_pretrained(base_folder(folder))
+        config = AutoConfig.from_pretrained(base)
         config.dtype = getattr(torch, dtype)
         with torch.device("meta"):
             bare = AutoModelForCausalLM.from_config(config)
-        tied = set(bare._tied_weights_keys or ())
+        tied = bare.all_tied_weights_keys  # _tied_weights_keys names those that could be tied, whatever the config says
         bare.save_pretrained(target, state_dict={k: v.contiguous() for k, v in state.items() if k not in tied})
         copy_tokenizer(folder, target)
 

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from selfplay.adapters import base_folder, is_adapter, load_adapter
+from selfplay.adapters import FOUR_BIT, base_folder, four_bit_source, is_adapter, load_adapter
 from selfplay.errors import AuditError, DataError
-from selfplay.store import write_folder
+from selfplay.store import weights_digest, write_folder
 from selfplay.train import attention
+from selfplay.train.four_bit import load_quantized
 from selfplay.train.logps import TokenLogps
 from selfplay.train.lora import add_adapter, write_adapter
 from selfplay.train.optim import Masters
@@ -34,16 +35,24 @@ TOKENIZER_FILES = (
 )
 
 
-def load_model(path: str, *, lora: Mapping[str, Any] | None = None, gradient_checkpointing: bool = False) -> Any:
+def load_model(
+    path: str,
+    *,
+    lora: Mapping[str, Any] | None = None,
+    load_in_4bit: bool = False,
+    gradient_checkpointing: bool = False,
+) -> Any:
     """The causal LM at `path` in fp32, without dropout, ready for packs; where `path` is a LoRA adapter, its base with the
     adapter in place. `lora` (a recipe's train.lora) makes the adapter the only thing that trains, a fresh one where the
-    model has none. DataError where it can't be loaded.
+    model has none. With `load_in_4bit` a base that holds the values of 4-bit weights is loaded as these. DataError where it
+    can't be loaded.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     folder = base_folder(Path(path))
+    source = _quantized_from(folder) if load_in_4bit else None
     try:
         config = AutoConfig.from_pretrained(folder)
         kind = AutoModelForCausalLM._model_mapping[type(config)]
@@ -53,7 +62,10 @@ def load_model(path: str, *, lora: Mapping[str, Any] | None = None, gradient_che
         if kernel == "sdpa" and kind._supports_attention_backend:
             attention.register()
             kernel = attention.IMPLEMENTATION
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=kernel)
+        if source is not None:
+            model = load_quantized(source, {"attn_implementation": kernel})
+        else:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=kernel)
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{path}: no causal language model could be loaded from here ({error})") from error
     if is_adapter(Path(path)):
@@ -72,6 +84,21 @@ def load_model(path: str, *, lora: Mapping[str, Any] | None = None, gradient_che
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train(gradient_checkpointing)  # transformers checkpoints in train mode only
     return model
+
+
+def _quantized_from(folder: Path) -> Path | None:
+    """The weights that the 4-bit base in `folder` was made from; None where it is an ordinary model. DataError where they are
+    gone or changed.
+    """
+    source = four_bit_source(folder)
+    if source is not None:
+        there = (source / "config.json").is_file()
+        if not there or weights_digest(source) != json.loads((folder / FOUR_BIT).read_text())["weights"]:
+            raise DataError(
+                f"{folder / FOUR_BIT}: the model {source} that it was quantized from is {'changed' if there else 'gone'}. "
+                "Bring it back, or write its new place into quantized_from"
+            )
+    return source
 
 
 def default_device() -> torch.device:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from selfplay import store
 from selfplay.errors import DataError, RecipeError
+from selfplay.train.four_bit import compute_in
 from selfplay.train.settings import TrainJob, TrainSettings
 from selfplay.train.world import World
 
@@ -101,11 +102,12 @@ class Masters:
 
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
     """Casts the parameters in place and no buffer: `model.to(dtype)` would round the rotary frequencies as well, and move
-    the logps of late positions.
+    the logps of late positions. 4-bit weights stay as they are, and compute in `dtype`.
     """
     for param in model.parameters():
-        if param.dtype != dtype:
+        if param.is_floating_point() and param.dtype != dtype:
             param.data = param.data.to(dtype)
+    compute_in(model, dtype)
 
 
 def make_optimizer(masters: Masters, settings: TrainSettings) -> torch.optim.Optimizer:

@@ -1,15 +1,16 @@
 """Packs: rows of tokens in which the completions of a prompt share that prompt.
 
-A pack holds the prompt once, then every completion that its pairs use, for as many prompts as fit the token cap. Position
-ids restart after the prompt for each completion, and a completion sees its prompt and itself only.
-Shapes: R rows (1 where shared, else one per sequence), T tokens of a row, S sequences, N completion tokens, B pairs. What
-is said of pairs holds for demonstrations, which have a chosen completion only.
+A row holds the prompt once, then every completion that its pairs use, for as many prompts as fit; a pack is one row, or
+several where a row's length has a cap of its own. Position ids restart after the prompt for each completion, and a completion
+sees its prompt and itself only.
+Shapes: R rows (where prompts are not shared, one per sequence), T tokens of a row, S sequences, N completion tokens, B pairs.
+What is said of pairs holds for demonstrations, which have a chosen completion only.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch import Tensor
 from selfplay.types import TrainRow, derive_seed
 
 Tokens = tuple[int, ...]
+T = TypeVar("T")
 NO_BRANCH = -1  # branch of prompt tokens: every completion of the prompt sees them
 PADDING = -2  # segment of padding: nothing sees it
 
@@ -36,7 +38,8 @@ class Pack:
     chosen_B: Tensor  # sequence of each pair's chosen completion
     rejected_B: Tensor | None  # None for demonstrations
     pair_B: tuple[int, ...]  # index of each pair in the round's list
-    lengths: tuple[tuple[int, ...], ...]  # of each prompt and its completions, in the row's order; () in plain rows
+    # of each prompt and its completions, row after row, the padding of a row like a prompt of its own; () in plain rows
+    lengths: tuple[tuple[int, ...], ...]
 
     @property
     def shared(self) -> bool:
@@ -111,26 +114,56 @@ def form_steps(pairs: Sequence[TrainRow], *, batch_size: int, seed: int, epoch: 
     return [step for step in steps if step]
 
 
-def build_packs(pairs: Sequence[TrainRow], indices: Sequence[int], *, max_pack_tokens: int, shared: bool) -> list[Pack]:
-    """The packs of some pairs, first fit by falling size. No pair is split; one that is longer than the cap has a pack of
-    its own. `shared=False` gives plain padded rows, one per sequence.
+def build_packs(
+    pairs: Sequence[TrainRow],
+    indices: Sequence[int],
+    *,
+    max_pack_tokens: int,
+    shared: bool,
+    max_pack_length: int | None = None,
+) -> list[Pack]:
+    """The packs of some pairs, first fit by falling size. No pair is split; one that is longer than a cap has a row, or a
+    pack, of its own. `shared=False` gives plain padded rows, one per sequence, and then `max_pack_length` plays no part.
     """
-    bins: list[list[_Shared]] = []
-    for group in sorted(_groups(pairs, indices, max_pack_tokens, shared), key=lambda g: -_num_tokens([g], shared)):
-        fitting = (b for b in bins if _num_tokens([*b, group], shared) <= max_pack_tokens)
-        place = next(fitting, None)
+    if not shared:
+        groups = sorted(_groups(pairs, indices, max_pack_tokens, shared), key=lambda g: -_num_tokens([g], shared))
+        bins = _first_fit(groups, lambda held: _num_tokens(held, shared) <= max_pack_tokens)
+        return [_tensors([held], shared) for held in bins]
+    longest = _longest(max_pack_tokens, max_pack_length)
+    groups = sorted(_groups(pairs, indices, longest, shared), key=lambda g: -_num_tokens([g], shared))
+    rows = _first_fit(groups, lambda held: _num_tokens(held, shared) <= longest)
+    # two rows of a pack that is as long as its budget never fit beside each other
+    packs = _first_fit(rows, lambda held: len(held) * max(_num_tokens(r, shared) for r in held) <= max_pack_tokens)
+    return [_tensors(held, shared) for held in packs]
+
+
+def _first_fit(items: Sequence[T], fits: Callable[[list[T]], bool]) -> list[list[T]]:
+    """Each item in the first bin that it fits, else in a new one."""
+    bins: list[list[T]] = []
+    for item in items:
+        place = next((held for held in bins if fits([*held, item])), None)
         if place is None:
-            bins.append([group])
+            bins.append([item])
         else:
-            place.append(group)
-    return [_tensors(groups, shared) for groups in bins]
+            place.append(item)
+    return bins
+
+
+def _longest(max_pack_tokens: int, max_pack_length: int | None) -> int:
+    return min(max_pack_tokens, max_pack_length or max_pack_tokens)
 
 
 def units(
-    pairs: Sequence[TrainRow], indices: Sequence[int], *, max_pack_tokens: int, shared: bool
+    pairs: Sequence[TrainRow],
+    indices: Sequence[int],
+    *,
+    max_pack_tokens: int,
+    shared: bool,
+    max_pack_length: int | None = None,
 ) -> list[tuple[int, list[int]]]:
-    """(tokens, indices) of what `build_packs` never splits: the pairs of a prompt, or as many as fit the cap."""
-    groups = _groups(pairs, indices, max_pack_tokens, shared)
+    """(tokens, indices) of what `build_packs` never splits: the pairs of a prompt, or as many as fit the caps."""
+    cap = _longest(max_pack_tokens, max_pack_length) if shared else max_pack_tokens
+    groups = _groups(pairs, indices, cap, shared)
     return [(_num_tokens([group], shared), [index for index, _ in group.pairs]) for group in groups]
 
 
@@ -147,16 +180,19 @@ def _groups(pairs: Sequence[TrainRow], indices: Sequence[int], cap: int, shared:
     return [*done, *open_groups.values()]
 
 
-def _tensors(groups: list[_Shared], shared: bool) -> Pack:
-    rows: list[_Row] = [_Row()] if shared else []
+def _tensors(held: list[list[_Shared]], shared: bool) -> Pack:
+    """The pack of what each of its rows holds; plain rows are one list."""
+    rows: list[_Row] = []
     targets: list[tuple[int, int, int, int]] = []  # row, place, token, sequence
     pair_indices: list[int] = []
     sequences: list[list[int]] = []  # of each pair: chosen, rejected
     sequence = 0
-    for segment, group in enumerate(groups):
+    for segment, (starts_row, group) in enumerate((n == 0, g) for groups in held for n, g in enumerate(groups)):
         first = sequence
         if shared:
-            rows[0].add(group.prompt, 0, segment, NO_BRANCH)
+            if starts_row:
+                rows.append(_Row())
+            rows[-1].add(group.prompt, 0, segment, NO_BRANCH)
         for completion in group.completions:
             if not shared:
                 rows.append(_Row())
@@ -190,8 +226,14 @@ def _tensors(groups: list[_Shared], shared: bool) -> Pack:
         chosen_B=sides[0],
         rejected_B=sides[1] if len(sides) > 1 else None,
         pair_B=tuple(pair_indices),
-        lengths=tuple((len(g.prompt), *map(len, g.completions)) for g in groups) if shared else (),
+        lengths=tuple(part for groups in held for part in _lengths(groups, width)) if shared else (),
     )
+
+
+def _lengths(groups: list[_Shared], width: int) -> list[tuple[int, ...]]:
+    """Of the prompts and completions of a row, and of its padding."""
+    gap = width - _num_tokens(groups, True)
+    return [*((len(g.prompt), *map(len, g.completions)) for g in groups), *([(gap,)] if gap else [])]
 
 
 class _Row:

@@ -7,6 +7,7 @@ import hashlib
 import math
 from array import array
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,9 @@ def find_reference(
     module: TokenLogps,
     masters: Masters,
     *,
+    max_pack_tokens: int,
     shared: bool,
     world: World,
-    max_pack_tokens: int,
     halved: Callable[[int], None],
     progress: Callable[[str, int, int], None],
 ) -> ReferenceLogps | None:
@@ -79,6 +80,7 @@ def find_reference(
                 scored,
                 cut,
                 max_pack_tokens=cap,
+                max_pack_length=settings.max_pack_length,
                 shared=shared,
                 world=world,
                 progress=lambda done: progress("reference", done, len(scored)),
@@ -133,7 +135,8 @@ def _save_mixed(job: TrainJob, policy: Mapping[str, Tensor], folder: Path) -> No
 
 def _load_other(folder: Path, module: TokenLogps, settings: TrainSettings, world: World) -> tuple[TokenLogps, bool]:
     """Another model than the policy, in the policy's dtype, and whether it takes shared prompts."""
-    found = place(lambda: load_model(str(folder)), world, bf16=settings.bf16, check=True)
+    load = partial(load_model, str(folder), load_in_4bit=settings.load_in_4bit)
+    found = place(load, world, bf16=settings.bf16, check=True)
     other = found.module.model
     sizes = [m.config.get_text_config().vocab_size for m in (module.model, other)]
     if sizes[0] != sizes[1]:
@@ -173,6 +176,7 @@ def score_rows(
     steps: Sequence[Sequence[int]],
     *,
     max_pack_tokens: int,
+    max_pack_length: int | None = None,
     shared: bool,
     world: World,
     progress: Callable[[int], None] = lambda done: None,
@@ -188,7 +192,9 @@ def score_rows(
     finished = 0
     for step in steps:
         done = finished
-        for pack, weight in own_packs(world, rows, step, max_pack_tokens=max_pack_tokens, shared=shared):
+        for pack, weight in own_packs(
+            world, rows, step, max_pack_tokens=max_pack_tokens, max_pack_length=max_pack_length, shared=shared
+        ):
             pack = pack.to(world.device)
             sum_S = pack.sum_per_sequence(module(pack)).cpu()
             if not weight:  # it is another process's

@@ -37,7 +37,8 @@ class TrainSettings:
     warmup_steps: float
     max_grad_norm: float
     max_length: int | None
-    max_pack_tokens: int
+    max_pack_tokens: int | None  # None: measured once, and kept in a file of the run
+    max_pack_length: int | None  # None: as long as the model's attention allows
     bf16: bool
     gradient_checkpointing: bool
     lora: dict[str, Any] | None  # recipe_train.LoraRecipe; None trains all weights
@@ -45,6 +46,11 @@ class TrainSettings:
     save_steps: int | str
     save_dtype: str
     max_audit_difference: float
+
+    @property
+    def load_in_4bit(self) -> bool:
+        """Whether the base of an adapter is loaded as 4-bit weights."""
+        return self.lora is not None and bool(self.lora["load_in_4bit"])
 
     @property
     def loss_numbers(self) -> dict[str, float | None]:
@@ -58,6 +64,7 @@ class TrainJob:
     the policy before its first step is the reference; with `ref_model_mixup_alpha` it is the reference of the round before,
     into which the policy is mixed. `groups` are shards of what the policy sampled, for the audit; none where nothing was.
 
+    `pack_budget` is the file that keeps what `max_pack_tokens: auto` became; without one it is kept in `out`.
     `first_step` and `total_steps` place the job in a schedule that spans the run; None where it spans this job.
     """
 
@@ -71,6 +78,7 @@ class TrainJob:
     groups: tuple[str, ...] = ()
     optimizer_state: str | None = None
     keep_optimizer_state: bool = False
+    pack_budget: str | None = None
     first_step: int = 0
     total_steps: int | None = None
     chat_template: str | None = None
@@ -89,15 +97,22 @@ def settings_at(recipe: TrainRecipe, round: int, *, bf16: bool) -> TrainSettings
     values: dict[str, Any] = {name: at_round(getattr(recipe, name), round) for name in TrainSettings.__slots__}
     names = recipe.losses
     values |= {"loss_type": names, "loss_weights": recipe.loss_weights or [1.0] * len(names), "bf16": bf16}
+    values["max_pack_tokens"] = None if recipe.max_pack_tokens == "auto" else recipe.max_pack_tokens
     values["lora"] = recipe.lora.model_dump() if recipe.lora is not None else None
     values["lr_scheduler_kwargs"] = recipe.lr_scheduler_kwargs.given()
     return TrainSettings(**values)
 
 
-def require_optimizer(recipe: TrainRecipe) -> None:
-    """RecipeError where the recipe's optimizer isn't installed: asked at the start of a run, not when training begins."""
-    if recipe.optim == "adamw_bnb_8bit" and importlib.util.find_spec("bitsandbytes") is None:
-        raise RecipeError(
-            "train.optim adamw_bnb_8bit needs bitsandbytes, which is not installed: "
-            'pip install "selfplay-dpo[bnb]", or take adamw_torch'
-        )
+def require_bitsandbytes(recipe: TrainRecipe) -> None:
+    """RecipeError where the recipe needs bitsandbytes and it isn't installed: asked at the start of a run, not when training
+    begins.
+    """
+    wanted = {
+        "train.optim adamw_bnb_8bit": ("adamw_torch", recipe.optim == "adamw_bnb_8bit"),
+        "train.lora.load_in_4bit": ("load_in_4bit: false", recipe.lora is not None and recipe.lora.load_in_4bit),
+    }
+    for what, (instead, asked) in wanted.items():
+        if asked and importlib.util.find_spec("bitsandbytes") is None:
+            raise RecipeError(
+                f'{what} needs bitsandbytes, which is not installed: pip install "selfplay-dpo[bnb]", or take {instead}'
+            )

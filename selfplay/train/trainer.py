@@ -69,8 +69,10 @@ class Trainer:
     def _accumulate(self, pairs: Sequence[TrainRow], indices: Sequence[int]) -> "_Sums":
         settings, device = self.settings, self.world.device
         done = _Sums()
-        packs = own_packs(self.world, pairs, indices, max_pack_tokens=self.max_pack_tokens, shared=self.shared)
-        for pack, weight in packs:
+        cap, longest = self.max_pack_tokens, settings.max_pack_length
+        for pack, weight in own_packs(
+            self.world, pairs, indices, max_pack_tokens=cap, max_pack_length=longest, shared=self.shared
+        ):
             self.pack = pack = pack.to(device)
             faults.hit("train.pack")
             rates_2B = None if self.win_rates_2B is None else self.win_rates_2B[:, list(pack.pair_B)].to(device)

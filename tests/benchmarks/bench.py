@@ -28,6 +28,18 @@ ENGINES: dict[str, tuple[tuple[str, ...], str]] = {
     "judge": (("judge", "judge, rubric last"), "seconds"),
 }
 IDS = (*TRAINING, *MEMORY, *ENGINES)
+# What each may take on two cores, gradient check apart, so that all end within half an hour.
+SECONDS = {
+    "train-pair": 260,
+    "train-long-prompt": 240,
+    "train-group-m3": 200,
+    "train-group-m6": 220,
+    "memory": 130,
+    "memory-double": 190,
+    "generate": 150,
+    "hand-off": 60,
+    "judge": 130,
+}
 GIB = 2**30
 
 
@@ -35,6 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ids", nargs="*", metavar="ID", help=f"of {', '.join(IDS)}; none: all")
     parser.add_argument("--runs", type=int, default=3, help="runs of each peer (default 3)")
+    parser.add_argument("--full", action="store_true", help="all runs, however long they take")
     chosen = parser.parse_args()
     if unknown := set(chosen.ids) - set(IDS):
         parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(IDS)}")
@@ -45,7 +58,11 @@ def main() -> None:
     print(f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, bf16 GEMM {rate / 1e9:.0f} GFLOP/s", flush=True)
     results = []
     for id in chosen.ids or IDS:
-        result = measure_engines(id, chosen.runs) if id in ENGINES else measure(id, chosen.runs, rate)
+        budget = float("inf") if chosen.full else SECONDS[id]
+        if id in ENGINES:
+            result = measure_engines(id, chosen.runs, budget=budget)
+        else:
+            result = measure(id, chosen.runs, rate, budget=budget)
         (OUT / f"{id}.json").write_text(json.dumps(result, indent=2) + "\n")
         results.append(result)
     console = Console(width=160)
@@ -53,16 +70,30 @@ def main() -> None:
     print_engines([r for r in results if r["id"] in ENGINES], console)
 
 
-def measure_engines(id: str, runs: int) -> Result:
+def measure_engines(id: str, runs: int, *, budget: float) -> Result:
     """Times the peers of a benchmark of engines; ratios are to the last peer, above 1 where ours is faster."""
     names, measured = ENGINES[id]
     print(f"{id}:", flush=True)
-    found = interleaved({name: [GENERATION, name, str(MODEL)] for name in names}, runs)
+    # the last peer is the one that ratios are to: it comes second
+    order = (names[0], *names[:0:-1])
+    found, left_out = interleaved({name: [GENERATION, name, str(MODEL)] for name in order}, runs, seconds=budget)
     rows = {name: [r | {"tokens_per_second": r["tokens"] / r["seconds"]} for r in peer] for name, peer in found.items()}
     middle = {name: statistics.median(r[measured] for r in peer) for name, peer in rows.items()}
-    last = middle[names[-1]]
-    ratios = {n: middle[n] / last if measured == "tokens_per_second" else last / middle[n] for n in names[:-1]}
-    return {"id": id, "measures": measured, "ratios": ratios, "peers": rows, "versions": versions()}
+    last = middle.get(names[-1])
+    compared = [n for n in names[:-1] if n in middle and last is not None]
+    ratios = {n: middle[n] / last if measured == "tokens_per_second" else last / middle[n] for n in compared}
+    # no trainer is compared here, so there is no gradient to check and no count of FLOPs
+    nothing = dict.fromkeys(("ratio_default", "bound", "percent_of_limit", "gradient_check"))
+    return {
+        "id": id,
+        "measures": measured,
+        "ratio_tuned": ratios.get(names[0]),
+        **nothing,
+        "ratios": ratios,
+        "left_out": left_out,
+        "peers": rows,
+        "versions": versions(),
+    }
 
 
 def print_training(results: Sequence[Result], console: Console) -> None:
@@ -74,10 +105,10 @@ def print_training(results: Sequence[Result], console: Console) -> None:
         "selfplay": lambda r: _spread(r, "selfplay"),
         "TRL tuned": lambda r: _spread(r, "trl tuned"),
         "TRL default": lambda r: _spread(r, "trl default"),
-        "x tuned": lambda r: f"{r['ratio_tuned']:.2f}",
-        "x engine logps": lambda r: f"{r['ratio_tuned_engine_logps']:.2f}",
-        "x default": lambda r: f"{r['ratio_default']:.2f}",
-        "bound": lambda r: "-" if r["bound"] is None else f"{r['bound']:.2f}",
+        "x tuned": lambda r: _number(r["ratio_tuned"]),
+        "x engine logps": lambda r: _number(r["ratio_tuned_engine_logps"]),
+        "x default": lambda r: _number(r["ratio_default"]),
+        "bound": lambda r: _number(r["bound"]),
         "% of limit": lambda r: f"{r['percent_of_limit']:.0f}",
         "gradient": lambda r: f"{r['gradient_check']:.0e}" + ("" if r["counts"] else " FAILED"),
     }
@@ -117,8 +148,14 @@ def _print(columns: Mapping[str, Callable[[Result], str]], results: Sequence[Res
     console.print(table)
 
 
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
 def _spread(result: Result, peer: str, measured: str | None = None, digits: int | None = None) -> str:
     measured = measured or result["measures"]
+    if peer not in result["peers"]:
+        return "left out"
     unit, places = (GIB, 2) if measured == "peak_bytes" else (1, 1)
     values = sorted(row[measured] / unit for row in result["peers"][peer])
     places = places if digits is None else digits

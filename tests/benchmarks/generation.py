@@ -4,6 +4,7 @@ python generation.py PEER MODEL      prints one JSON line
 """
 
 import json
+import resource
 import sys
 import tempfile
 import time
@@ -135,4 +136,7 @@ def _sampling() -> Sampling:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    print(json.dumps(PEERS[sys.argv[1]](sys.argv[2])))
+    timed = PEERS[sys.argv[1]](sys.argv[2])
+    # of this process, imports included, or of the largest that it started: an engine lives in a child
+    peaks = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    print(json.dumps(timed | {"peak_bytes": 1024 * max(peaks)}))

@@ -115,6 +115,7 @@ def _row_logp(model: Any, pair: PreferencePair, completion: tuple[int, ...]) -> 
 
 def _our_trainer(model: str, work: Work, bf16: bool) -> tuple[Any, list[PreferencePair], list[list[int]]]:
     from selfplay.recipe_train import TrainRecipe
+    from selfplay.train.budget import CPU_PACK_TOKENS
     from selfplay.train.logps import TokenLogps
     from selfplay.train.model import load_model
     from selfplay.train.optim import Masters, make_optimizer
@@ -147,7 +148,7 @@ def _our_trainer(model: str, work: Work, bf16: bool) -> tuple[Any, list[Preferen
         win_rates_2B=None,
         settings=settings,
         shared=True,
-        max_pack_tokens=settings.max_pack_tokens,
+        max_pack_tokens=CPU_PACK_TOKENS,
         halved=[],
         note=SILENT.note,
     )
@@ -158,7 +159,7 @@ def _our_reference(trainer: Any, pairs: list[PreferencePair], steps: list[list[i
     from selfplay.train.reference import ReferenceLogps
     from selfplay.train.reference_pass import score_rows
 
-    cap, world = trainer.settings.max_pack_tokens, trainer.world
+    cap, world = trainer.max_pack_tokens, trainer.world
     return ReferenceLogps(*score_rows(trainer.module, pairs, steps, max_pack_tokens=cap, shared=True, world=world))
 
 

@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,14 +18,27 @@ MODEL = ROOT / "models" / "smollm2-135m-instruct"
 Result = dict[str, Any]
 
 
-def interleaved(commands: Mapping[str, Sequence[str]], runs: int) -> dict[str, list[Result]]:
-    """What each peer's program printed, `runs` times: A B A B."""
-    found: dict[str, list[Result]] = {name: [] for name in commands}
+def interleaved(
+    commands: Mapping[str, Sequence[str]], runs: int, *, seconds: float
+) -> tuple[dict[str, list[Result]], list[str]]:
+    """(what each peer's program printed, `runs` times: A B A B; what was left out). Nothing is started once `seconds` have
+    passed, nor a repetition that would end after them; the first peer runs in any case.
+    """
+    found: dict[str, list[Result]] = {}
+    took: dict[str, float] = {}
+    left_out = []
+    begun = time.monotonic()
     for run in range(runs):
         for name, command in commands.items():
-            found[name].append(once(name, command))
+            started = time.monotonic()
+            if found and started - begun + took.get(name, 0.0) > seconds:
+                left_out.append(f"run {run + 1} of {name}")
+                print(f"  {left_out[-1]} left out: the {seconds:.0f} s of this benchmark are used up", flush=True)
+                continue
+            found.setdefault(name, []).append(once(name, command))
+            took[name] = time.monotonic() - started
             print(f"  run {run + 1}, {name}: {found[name][-1]['seconds']:.1f} s", flush=True)
-    return found
+    return found, left_out
 
 
 def once(name: str, command: Sequence[str]) -> Result:
@@ -35,6 +49,11 @@ def once(name: str, command: Sequence[str]) -> Result:
         sys.exit(f"{name} failed:\n{done.stderr}")
     result: Result = json.loads(done.stdout.splitlines()[-1])
     return result
+
+
+def ratio(theirs: float | None, ours: float) -> float | None:
+    """theirs / ours; None where they were left out."""
+    return None if theirs is None else theirs / ours
 
 
 def versions() -> dict[str, str]:

@@ -6,23 +6,25 @@ from pathlib import Path
 
 import torch
 from flops import Size, padded_flops, shared_flops
-from runs import MODEL, Result, interleaved, versions
+from runs import MODEL, Result, interleaved, ratio, versions
 from work import make_work
 
 TRAINING = ("train-pair", "train-long-prompt", "train-group-m3", "train-group-m6")
 MEMORY = ("memory", "memory-double")
-PEERS = ("selfplay", "selfplay, engine logps", "trl tuned", "trl default", "naive")
+# what matters most comes first: the last ones are left out where time runs short
+PEERS = ("selfplay", "trl tuned", "selfplay, engine logps", "trl default", "naive")
 GRADIENT_BOUND = 1e-4  # relative L2, fp32
 PROGRAM = Path(__file__).with_name("peer.py")
 
 
-def measure(id: str, runs: int, rate: float) -> Result:
+def measure(id: str, runs: int, rate: float, *, budget: float) -> Result:
     """Times all peers of a benchmark. Ratios are of seconds (of peak bytes for memory): theirs / ours. `rate` is that of
     bf16 matrix products here, FLOPs per second.
     """
     check = gradient_check(id)
     print(f"{id}: gradient check {check:.1e} ({'ok' if check <= GRADIENT_BOUND else 'FAILED: ratios do not count'})")
-    found = interleaved({name: [str(PROGRAM), name, id, str(MODEL), "bf16"] for name in PEERS}, runs)
+    commands = {name: [str(PROGRAM), name, id, str(MODEL), "bf16"] for name in PEERS}
+    found, left_out = interleaved(commands, runs, seconds=budget)
     key = "peak_bytes" if id in MEMORY else "seconds"
     middle = {name: statistics.median(r[key] for r in rows) for name, rows in found.items()}
     size, work = model_size(), make_work(id)
@@ -32,10 +34,13 @@ def measure(id: str, runs: int, rate: float) -> Result:
     return {
         "id": id,
         "measures": key,
-        "ratio_tuned": middle["trl tuned"] / middle["selfplay"],
-        "ratio_tuned_engine_logps": middle["trl tuned"] / middle["selfplay, engine logps"],
-        "ratio_default": middle["trl default"] / middle["selfplay"],
-        "ratio_naive": middle["naive"] / middle["selfplay"],
+        "ratio_tuned": ratio(middle.get("trl tuned"), middle["selfplay"]),
+        "ratio_tuned_engine_logps": ratio(middle.get("trl tuned"), middle["selfplay, engine logps"])
+        if "selfplay, engine logps" in middle
+        else None,
+        "ratio_default": ratio(middle.get("trl default"), middle["selfplay"]),
+        "ratio_naive": ratio(middle.get("naive"), middle["selfplay"]),
+        "left_out": left_out,
         "bound": theirs / least if id not in MEMORY else None,
         "percent_of_limit": 100 * least / (seconds * rate),
         "gemm_flops_per_second": rate,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from selfplay import faults, store
 from selfplay.errors import NonFiniteError, RecipeError
+from selfplay.train.budget import CPU_PACK_TOKENS
 from selfplay.train.logps import TokenLogps
 from selfplay.train.loop import run_training
 from selfplay.train.model import load_model
@@ -41,7 +42,7 @@ def trainer_of(model: Path, pairs: Sequence[PreferencePair], **changes: Any) -> 
         win_rates_2B=None,
         settings=chosen,
         shared=True,
-        max_pack_tokens=chosen.max_pack_tokens,
+        max_pack_tokens=chosen.max_pack_tokens or CPU_PACK_TOKENS,
         halved=[],
         note=SILENT.note,
     )

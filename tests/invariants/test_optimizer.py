@@ -17,7 +17,7 @@ from selfplay.recipe_schedule import ScheduleName
 from selfplay.recipe_train import TrainRecipe
 from selfplay.train.loop import run_training
 from selfplay.train.optim import make_schedule
-from selfplay.train.settings import TrainJob, require_optimizer
+from selfplay.train.settings import TrainJob, require_bitsandbytes
 from selfplay.types import PreferencePair
 
 
@@ -156,6 +156,9 @@ def test_warmup_may_be_a_share_and_must_fit_the_schedule(tiny: Path) -> None:
     job = TrainJob("", "", "", settings(warmup_steps=0.5), seed=0)
     schedule = make_schedule(torch.optim.AdamW(weights, lr=1e-3), job, 6, done=3)
     assert schedule.get_last_lr()[0] == 1e-3
+    # 1.2 steps are 2, as in transformers: the second step has half the rate
+    fifth = TrainJob("", "", "", settings(warmup_steps=0.2), seed=0)
+    assert make_schedule(torch.optim.AdamW(weights, lr=1e-3), fifth, 6, done=1).get_last_lr()[0] == 5e-4
     stable = settings(
         lr_scheduler_type="warmup_stable_decay", lr_scheduler_kwargs={"num_decay_steps": 5}, warmup_steps=2
     )
@@ -180,8 +183,8 @@ def test_a_missing_bitsandbytes_is_said_at_the_start(monkeypatch: pytest.MonkeyP
     recipe = TrainRecipe(optim="adamw_bnb_8bit")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(RecipeError, match=r"pip install .*selfplay-dpo\[bnb\]"):
-        require_optimizer(recipe)
-    require_optimizer(TrainRecipe())
+        require_bitsandbytes(recipe)
+    require_bitsandbytes(TrainRecipe())
 
 
 def test_8_bit_adamw_follows_adamw_resumes_and_is_carried(

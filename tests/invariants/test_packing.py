@@ -93,10 +93,11 @@ def packed_loss(
     reference: ReferenceLogps,
     *,
     cap: int = 2048,
+    length: int | None = None,
     shared: bool = True,
 ) -> Tensor:
     parts = []
-    for pack in build_packs(pairs, range(len(pairs)), max_pack_tokens=cap, shared=shared):
+    for pack in build_packs(pairs, range(len(pairs)), max_pack_tokens=cap, shared=shared, max_pack_length=length):
         weights = torch.tensor([pairs[i].weight for i in pack.pair_B])
         parts.append((_losses(pair_logps(pack, module(pack), reference)) * weights).sum())
     return torch.stack(parts).sum() / len(pairs)
@@ -165,6 +166,20 @@ def test_the_cap_on_a_pack_changes_neither_loss_nor_gradient(
     assert relative(gradient(module.model, cut), gradient(module.model, whole)) < 1e-5
 
 
+@pytest.mark.parametrize("family", SHARING)
+def test_the_cap_on_a_row_changes_neither_loss_nor_gradient(
+    family: str, folders: dict[str, Path], many: list[PreferencePair]
+) -> None:
+    module = TokenLogps(load_model(str(folders[family])))
+    reference = noisy_reference(many)
+    (pack,) = build_packs(many, range(len(many)), max_pack_tokens=2048, shared=True, max_pack_length=90)
+    assert len(pack.input_ids_RT) > 1
+    assert len(pack.lengths) > len({p.prompt_token_ids for p in many}), "some row is padded"
+    whole, cut = packed_loss(module, many, reference), packed_loss(module, many, reference, length=90)
+    assert relative(cut.detach(), whole.detach()) < 1e-6
+    assert relative(gradient(module.model, cut), gradient(module.model, whole)) < 1e-5
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_both_ways_of_attending_to_blocks_are_the_same(
     family: str, folders: dict[str, Path], many: list[PreferencePair], monkeypatch: pytest.MonkeyPatch
@@ -174,10 +189,12 @@ def test_both_ways_of_attending_to_blocks_are_the_same(
     found = []
     for limit in (attention.MAX_STORED_KEYS, 0):
         monkeypatch.setattr(attention, "MAX_STORED_KEYS", limit)
-        loss = packed_loss(module, many, reference)
-        found.append((loss.detach(), gradient(module.model, loss)))
-    assert relative(found[1][0], found[0][0]) < 1e-6
-    assert relative(found[1][1], found[0][1]) < 1e-5
+        for length in (None, 90):
+            loss = packed_loss(module, many, reference, length=length)
+            found.append((loss.detach(), gradient(module.model, loss)))
+    for value, vector in found[1:]:
+        assert relative(value, found[0][0]) < 1e-6
+        assert relative(vector, found[0][1]) < 1e-5
 
 
 @pytest.mark.parametrize("family", SHARING)

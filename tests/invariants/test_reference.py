@@ -41,9 +41,9 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The models that the reference pass loads beside the policy."""
     loaded: list[str] = []
 
-    def counted(path: str) -> Any:
+    def counted(path: str, **named: Any) -> Any:
         loaded.append(path)
-        return load_model(path)
+        return load_model(path, **named)
 
     monkeypatch.setattr(reference_pass, "load_model", counted)
     return loaded

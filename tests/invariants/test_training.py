@@ -212,3 +212,12 @@ def test_a_policy_learns_to_stop_where_pad_is_the_end_token(tmp_path: Path) -> N
 
     assert chat.tokenizer.convert_ids_to_tokens(end) == END
     assert end_logp(tmp_path / "out" / "policy") > end_logp(model) + 1
+
+
+def test_the_margin_of_a_training_is_that_of_its_last_epoch_as_the_accuracy_is(tiny: Path, tmp_path: Path) -> None:
+    result = run_training(job_of(tmp_path, tiny, random_pairs(), batch_size=3, num_train_epochs=2))
+    final = [row for row in steps(tmp_path) if row["epoch"] > 1]
+    assert len(final) > 1
+    for key in ("rewards/margins", "rewards/accuracies"):
+        mean = sum(row[key] * row["num_pairs"] for row in final) / sum(row["num_pairs"] for row in final)
+        assert result[key] == pytest.approx(mean)

@@ -170,6 +170,6 @@ def test_pairs_are_dealt_by_tokens_and_none_is_lost(size: int, shared: bool) -> 
 def test_a_process_without_pairs_gets_a_pack_of_weight_0() -> None:
     drawn = random_pairs(num_prompts=1, num_completions=2)
     worlds = [World(torch.device("cpu"), rank, 2) for rank in range(2)]
-    dealt = [own_packs(world, drawn, [0], max_pack_tokens=90, shared=True) for world in worlds]
+    dealt = [own_packs(world, drawn, [0], max_pack_tokens=90, max_pack_length=None, shared=True) for world in worlds]
     assert sorted(weight for packs in dealt for _, weight in packs) == [0.0, 1.0]
     assert all(pack.pair_B == (0,) for packs in dealt for pack, _ in packs)
