@@ -40,9 +40,11 @@ class Devices:
             held = "each holds the policy, its gradients and its optimizer (DDP)"
         return f"{self.num_processes} processes{machines}, {held}"
 
-    def command(self, module: str, arguments: list[str]) -> list[str]:
-        """`accelerate launch` of a module. RecipeError where several machines are asked for outside a SLURM job."""
-        wrapper = [sys.executable, "-P", "-m", "selfplay.train.ranks", str(os.getpid())]
+    def command(self, module: str, arguments: list[str], *, failed: Path) -> list[str]:
+        """`accelerate launch` of a module, which writes `failed` where a process fails. RecipeError where several machines are
+        asked for outside a SLURM job.
+        """
+        wrapper = [sys.executable, "-P", "-m", "selfplay.train.ranks", str(os.getpid()), str(failed)]
         options = ["--config_file", str(self.config), "--main_process_port", str(self.port or free_port())]
         if self.num_processes > 1 and not self.sharded:
             options.append(

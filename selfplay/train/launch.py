@@ -6,31 +6,32 @@ back whole to the engine of the next round.
 
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from selfplay import errors, store
-from selfplay.generators.child import WATCH_SECONDS, die_with
+from selfplay.generators.child import die_with
 from selfplay.progress import Reporter
 from selfplay.train.devices import Devices
 from selfplay.train.kl import KLJob, run_kl
 from selfplay.train.loop import run_training
+from selfplay.train.rank import STOP
 from selfplay.train.settings import TrainJob, TrainSettings
 from selfplay.train.stop import handled
-from selfplay.train.world import Sharding, join_world, leave_world
 
-STOP = "stop"
+RANK = "selfplay.train.rank"
+GONE_SECONDS = 30  # more than any of them needs, unless its disk hangs
 UNITS = {"reference": "pairs", "train": "steps", "kl": "prompts"}
 
 
@@ -63,36 +64,56 @@ def run_in_child(job: TrainJob | KLJob, report: Reporter) -> dict[str, Any]:
 def run_on(devices: Devices, job: TrainJob | KLJob, report: Reporter) -> dict[str, Any]:
     """The same on several processes, started by accelerate. All of them are gone when this returns."""
     assert isinstance(job, TrainJob)
-    if job.settings.optim == "adamw_bnb_8bit" and devices.sharded:
-        raise errors.RecipeError("train.optim adamw_bnb_8bit can't be cut over processes (FSDP2): take adamw_torch")
     # in the run, which other machines see as well; swept away with what else is unfinished
     folder = (Path(job.out) / ("processes" + store.TEMPORARY)).absolute()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     described = asdict(devices) | {"config": str(devices.config)}
-    task = {"kind": type(job).__name__, "quiet": report.quiet, "devices": described, **asdict(job)}
-    (folder / "job.json").write_text(json.dumps(task))
+    (folder / "job.json").write_text(json.dumps({"quiet": report.quiet, "devices": described, **asdict(job)}))
     report.note(f"training on {devices.line}")
-    names = [str(folder / "job.json"), str(folder / "result.json"), "0"]
-    process = subprocess.Popen(devices.command("selfplay.train.launch", names), start_new_session=True)
-    asked = folder / STOP
+    names = [str(folder / "job.json"), str(folder / "result.json")]
+    command = devices.command(RANK, names, failed=folder / "failed.json")
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
     try:
-        code = wait_for(process, ask=asked.touch)
-        time.sleep(0 if code == 0 else 2 * WATCH_SECONDS)  # they look that often whether their launcher lives
+        try:
+            code = wait_for(process, ask=(folder / STOP).touch)
+        finally:
+            _wait_until_gone(process)
         if code != 0:
-            for file in sorted(folder.glob("result.json*")):
-                found = json.loads(file.read_text())
-                if "error" in found:
-                    raise getattr(errors, found["error"])(found["message"])
-            if asked.exists():  # they were asked to stop, and had nothing to save yet
-                raise KeyboardInterrupt
-            raise errors.SelfplayError(
-                f"the training processes ended with code {code}; the message of the one that failed is above"
-            )
+            _raise_failure(folder, devices)
         result: dict[str, Any] = json.loads((folder / "result.json.0").read_text())
         return result
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _wait_until_gone(process: "subprocess.Popen[bytes]") -> None:
+    """Returns when the processes that a launcher started have ended, which watch it: each has its standard input."""
+    assert process.stdin is not None
+    with process.stdin as pipe:
+        watch = select.poll()
+        watch.register(pipe, 0)  # that nobody is left to read is told unasked
+        watch.poll(GONE_SECONDS * 1000)
+
+
+def _raise_failure(folder: Path, devices: Devices) -> NoReturn:
+    """Raises what ended the processes that train: an error of ours, a request to stop, or what befell one of them."""
+    for file in sorted(folder.glob("result.json.*")):
+        found = json.loads(file.read_text())
+        if "error" in found:
+            raise getattr(errors, found["error"])(found["message"])
+    if (folder / STOP).exists():  # they were asked to stop, and had nothing to save yet
+        raise KeyboardInterrupt
+    how = "the launcher of the training processes was ended"
+    if (folder / "failed.json").exists():
+        failed = json.loads((folder / "failed.json").read_text())
+        code = failed["code"]
+        how = f"process {failed['rank']} of the {devices.num_processes} that train " + (
+            f"was ended by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"ended with code {code}"
+        )
+    raise errors.SelfplayError(
+        f"{how}, and the others with it; messages of their own are above. The same command goes on from the last checkpoint"
+    )
 
 
 def wait_for(process: "subprocess.Popen[bytes]", *, ask: Callable[[], None] | None = None) -> int:
@@ -118,14 +139,14 @@ def wait_for(process: "subprocess.Popen[bytes]", *, ask: Callable[[], None] | No
 
 
 def _run(job: TrainJob | KLJob, report: Reporter) -> dict[str, Any]:
-    progress = _Stages(report)
+    progress = Stages(report)
     try:
         return run_training(job, progress) if isinstance(job, TrainJob) else run_kl(job, progress)
     finally:
         progress.close()
 
 
-class _Stages:
+class Stages:
     """Turns (what, done, total) calls into the reporter's stages."""
 
     def __init__(self, report: Reporter) -> None:
@@ -153,8 +174,6 @@ class _Stages:
 
 def _main(job_file: str, result_file: str) -> int:
     data = json.loads(Path(job_file).read_text())
-    if "devices" in data:
-        return _main_of_several(data, result_file)
     kind, quiet = data.pop("kind"), data.pop("quiet")
     data["groups"] = tuple(data["groups"])
     job: TrainJob | KLJob = (
@@ -169,35 +188,6 @@ def _main(job_file: str, result_file: str) -> int:
     return 0
 
 
-def _main_of_several(data: dict[str, Any], result_file: str) -> int:
-    devices, quiet, _ = data.pop("devices"), data.pop("quiet"), data.pop("kind")
-    settings, groups = TrainSettings(**data.pop("settings")), tuple(data.pop("groups"))
-    sharding = Sharding(devices["reshard_after_forward"], devices["layers"]) if devices["sharded"] else None
-    world = join_world(use_cpu=devices["use_cpu"], sharding=sharding)
-    if world.is_first:
-        threading.Thread(target=_watch_for_stop, args=(Path(result_file).with_name(STOP),), daemon=True).start()
-    own = Path(f"{result_file}.{world.rank}")
-    progress = _Stages(Reporter(quiet=quiet or not world.is_first))
-    try:
-        result = run_training(TrainJob(**data, settings=settings, groups=groups), progress, world)
-    except errors.SelfplayError as error:
-        own.write_text(json.dumps({"error": type(error).__name__, "message": str(error)}))
-        return error.exit_code
-    finally:
-        progress.close()
-    own.write_text(json.dumps(result))
-    leave_world(world)
-    return 0
-
-
-def _watch_for_stop(request: Path) -> None:
-    """Asks this process to stop, once, when the parent has: the launcher would give a signal's step 30 seconds."""
-    while not request.exists():
-        time.sleep(WATCH_SECONDS)
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
 if __name__ == "__main__":
-    # 0 under a launcher, which watches the process that trains: a rank watches the launcher
-    threading.Thread(target=die_with, args=(int(sys.argv[3]) or os.getppid(),), daemon=True).start()
+    threading.Thread(target=die_with, args=(int(sys.argv[3]),), daemon=True).start()
     sys.exit(_main(sys.argv[1], sys.argv[2]))
