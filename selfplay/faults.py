@@ -2,7 +2,8 @@
 
     SELFPLAY_FAULT="train.step@3=kill9" selfplay iterate ...
 
-kill9 and term send this process a signal; raise, enospc (disk full) and oom (the device's memory) raise; nan is left to the
+With ACTION/RANK only the process of that RANK does it, of those that train together. kill9 and term send this process a
+signal, hang makes it wait for ever; raise, enospc (disk full) and oom (the device's memory) raise; nan is left to the
 point to apply. SELFPLAY_FAULT="list=FILE" does nothing but write the name of every point passed to FILE, a line each.
 Where the variable isn't set a point costs one look into the environment.
 """
@@ -19,7 +20,7 @@ from pathlib import Path
 from selfplay.errors import RecipeError
 
 VARIABLE = "SELFPLAY_FAULT"
-ACTIONS = ("kill9", "term", "raise", "enospc", "oom", "nan")
+ACTIONS = ("kill9", "term", "hang", "raise", "enospc", "oom", "nan")
 
 
 class InjectedError(RuntimeError):
@@ -61,9 +62,11 @@ def forget() -> None:
 def _plan(text: str) -> _Plan:
     if text.startswith("list="):
         return _Plan(listed=Path(text.removeprefix("list=")))
-    found = re.fullmatch(r"([\w.]+)@(\d+)=(\w+)", text)
+    found = re.fullmatch(r"([\w.]+)@(\d+)=(\w+)(?:/(\d+))?", text)
     if found is None or found[3] not in ACTIONS:
-        raise RecipeError(f'{VARIABLE}="{text}" is neither POINT@N={"|".join(ACTIONS)} nor list=FILE: unset it')
+        raise RecipeError(f'{VARIABLE}="{text}" is neither POINT@N={"|".join(ACTIONS)}[/RANK] nor list=FILE: unset it')
+    if found[4] not in (None, os.environ.get("RANK")):
+        return _Plan()
     return _Plan(found[1], int(found[2]), found[3])
 
 
@@ -73,6 +76,9 @@ def _act(action: str, point: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         case "term":
             os.kill(os.getpid(), signal.SIGTERM)
+        case "hang":
+            while True:
+                signal.pause()
         case "raise":
             raise InjectedError(f"injected at {point}")
         case "enospc":

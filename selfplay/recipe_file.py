@@ -318,3 +318,10 @@ def _flat(value: Any, at: str = "") -> dict[str, Any]:
     if not isinstance(value, dict) or not value:
         return {at: value}
     return {k: v for key, part in value.items() for k, v in _flat(part, f"{at}.{key}" if at else key).items()}
+
+
+def recipe_folder() -> Path:
+    """Where the recipes lie: in an installed package inside it, in a source checkout beside it."""
+    package = Path(__file__).resolve().parent
+    inside = package / "_recipes"
+    return inside if inside.is_dir() else package.parent / "recipes"

@@ -45,6 +45,7 @@ from selfplay.stages import (
     usage_of,
     write_prompts,
 )
+from selfplay.train.devices import Devices
 from selfplay.train.settings import TrainJob, schedule_span, settings_at
 from selfplay.types import Group, Judgement, PreferencePair, Prompt, derive_seed
 
@@ -180,7 +181,7 @@ def train_dpo(round: Round, selections: Mapping[str, Selection]) -> Path:
         num_prompts = len({pair.prompt_id for pair in selection.pairs})
         round.run.report.note(f"{round.label(name)}: {len(selection.pairs)} pairs from {num_prompts} prompts")
     with timed(round.folder, "train"):
-        launch(train_job(round), round.run.report)
+        launch(train_job(round), round.run.report, round.run.devices)
     return round.policy
 
 
@@ -293,12 +294,14 @@ def iterate(
     selector: PairSelector | Mapping[str, PairSelector] | None = None,
     filters: Sequence[PairFilter] | Mapping[str, Sequence[PairFilter]] | None = None,
     allow_code: bool = False,
+    devices: Devices | None = None,
     report: Reporter = SILENT,
 ) -> dict[str, Any]:
     """Plays all rounds of a recipe in the run directory `out`, or what is left of them, and returns `status(out)`.
 
     `judge` stands in for the recipe's judge, `selector` for its pairing, `filters` for its `pairs.filters`. Where the recipe
-    has `sources`, each is a mapping that names whose it stands in for: judge={"open": my_judge}. Raises SelfplayError's
+    has `sources`, each is a mapping that names whose it stands in for: judge={"open": my_judge}. `devices` are
+    those that train together, as `selfplay.train.devices.read_devices` gives them; None for one. Raises SelfplayError's
     subclasses; Stopped on Ctrl-C.
     """
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
@@ -307,7 +310,7 @@ def iterate(
         try:
             report_swept(folder, report)
             own = own_parts(loaded, judge, selector, filters)
-            run = start_run(loaded, folder, own=own, allow_code=allow_code, report=report)
+            run = start_run(loaded, folder, own=own, allow_code=allow_code, devices=devices, report=report)
             for index in range(run.recipe.rounds):
                 if not (run.round(index).folder / "round.json").exists():
                     play_round(run.round(index))

@@ -24,6 +24,7 @@ from selfplay.recipe_judges import API_CONDUCT, JUDGE_PLACES
 from selfplay.recipe_pairs import PairsRecipe
 from selfplay.recipe_reward import REWARD_CONDUCT
 from selfplay.sources import load_pools, plain, record_pools
+from selfplay.train.devices import Devices
 from selfplay.train.four_bit import playable
 from selfplay.train.settings import require_bitsandbytes
 from selfplay.types import PreferencePair, derive_seed
@@ -43,6 +44,7 @@ class Run:
     sources: tuple[Source, ...]
     panel: Panel
     report: Reporter
+    devices: Devices | None = None  # those that train together; None for one
 
     def round(self, index: int) -> "Round":
         return Round(self, index)
@@ -100,7 +102,15 @@ class Round:
         return derive_seed(self.run.recipe.seed, self.index, stage)
 
 
-def start_run(recipe: Recipe, folder: Path, *, own: Mapping[str, OwnParts], allow_code: bool, report: Reporter) -> Run:
+def start_run(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    own: Mapping[str, OwnParts],
+    allow_code: bool,
+    report: Reporter,
+    devices: Devices | None = None,
+) -> Run:
     """Opens or continues a run directory. RecipeError where it holds a run of another recipe, model, data or judge."""
     recipe.for_each(lambda name, view: require_parts(view, own[name]))  # before anything is loaded
     require_bitsandbytes(recipe.train)
@@ -124,7 +134,7 @@ def start_run(recipe: Recipe, folder: Path, *, own: Mapping[str, OwnParts], allo
             report.note(f"recipe: changed on this run: {change}")
         store.rewrite(folder / "recipe.yaml", dump_recipe(recipe).encode())
     panel = Panel(recipe, tuple(one for one in heldout if one.prompts), report)
-    return Run(folder, recipe, initial, reference, chat, sources, panel, report)
+    return Run(folder, recipe, initial, reference, chat, sources, panel, report, devices)
 
 
 def _identity(

@@ -16,6 +16,7 @@ from selfplay.progress import Reporter
 from selfplay.recipe import Recipe
 from selfplay.recipe_train import reads
 from selfplay.single import claimed, source_shards, text_digest
+from selfplay.train.devices import Devices
 from selfplay.train.settings import TrainJob, require_bitsandbytes, schedule_span, settings_at
 from selfplay.types import Demonstration, Drop, PreferencePair, derive_seed
 
@@ -37,6 +38,7 @@ class TrainInputs:
     groups: Path | None = None
     optimizer_state: Path | None = None
     round: int = 0
+    devices: Devices | None = None
 
 
 def train(recipe: Recipe, inputs: TrainInputs, out: Path, report: Reporter) -> dict[str, Any]:
@@ -55,8 +57,8 @@ def train(recipe: Recipe, inputs: TrainInputs, out: Path, report: Reporter) -> d
             from selfplay.train.four_bit import playable
             from selfplay.train.launch import launch
 
-            start = playable(folder, out, recipe.train)
-            launch(replace(job, policy=str(start), pairs=str(_our_rows(recipe, inputs, chat, out, report))), report)
+            start, rows = playable(folder, out, recipe.train), _our_rows(recipe, inputs, chat, out, report)
+            launch(replace(job, policy=str(start), pairs=str(rows)), report, inputs.devices)
         result: dict[str, Any] = store.read_json(out / "train" / "result.json")
     return result
 

@@ -229,6 +229,16 @@ def write_folder(path: Path, write: Callable[[Path], object]) -> None:
         ) from error
 
 
+def write_part(path: Path, write: Callable[[Path], object]) -> None:
+    """What another process adds to a folder while `write_folder` makes it. StorageError where the disk refuses."""
+    try:
+        write(path.with_name(path.name + TEMPORARY))
+    except OSError as error:
+        raise StorageError(
+            f"{path}: can't be written ({error.strerror or error}). Free space, then run the same command"
+        ) from error
+
+
 def remove_folder(path: Path) -> None:
     """Removes a folder that was written, if it is there: as a whole, so a kill in between leaves no half of it in its place."""
     if path.exists():

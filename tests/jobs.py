@@ -6,14 +6,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from selfplay import store
 from selfplay.recipe_train import TrainRecipe
 from selfplay.train.settings import TrainJob, TrainSettings, settings_at
+from selfplay.train.world import World
 from selfplay.types import Message, PreferencePair
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+ALONE = World(torch.device("cpu"))
 Tokens = tuple[int, ...]
 
 

@@ -8,7 +8,7 @@ from selfplay.recipe import Recipe
 from selfplay.recipe_file import check_recipe, dump_recipe, load_recipe, parse_yaml
 
 FOLDER = Path(__file__).parent.parent / "recipes"
-RECIPES = sorted(FOLDER.rglob("*.yaml"))
+RECIPES = sorted(FOLDER.glob("*.yaml"))
 
 
 def test_there_are_recipes() -> None:

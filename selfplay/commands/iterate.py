@@ -5,10 +5,11 @@ from typing import Annotated
 
 import typer
 
-from selfplay.commands.options import AllowCode, Overrides, RecipeFile
+from selfplay.commands.options import AccelerateConfig, AllowCode, Overrides, RecipeFile
 from selfplay.recipe_file import load_recipe
 from selfplay.report import make_console, print_run
 from selfplay.report_texts import print_compared
+from selfplay.train.devices import read_devices
 
 
 def iterate_command(
@@ -20,21 +21,24 @@ def iterate_command(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show recipe, rounds, work and disk; load no model.")
     ] = False,
+    accelerate_config: AccelerateConfig = None,
     allow_code: AllowCode = False,
 ) -> None:
     """Play all rounds of a recipe; the same command goes on where it stopped."""
     loaded = load_recipe(recipe, overrides or ())
     folder = out or Path("runs") / recipe.stem
     console = make_console()
+    devices = read_devices(accelerate_config) if accelerate_config is not None else None
     if dry_run:
         from selfplay.plan import make_plan, print_plan
 
         print_plan(make_plan(loaded, folder), console)
+        console.print(f"training: {devices.line if devices is not None else '1 process'}", markup=False, soft_wrap=True)
         return
     from selfplay.progress import Reporter
     from selfplay.rounds import iterate
 
-    figures = iterate(loaded, folder, allow_code=allow_code, report=Reporter())
+    figures = iterate(loaded, folder, allow_code=allow_code, devices=devices, report=Reporter())
     print_run(folder, figures, console)
     print_compared(folder, figures, console)
     typer.echo(f"policy: {folder / f'round-{loaded.rounds - 1:03d}' / 'policy'}")

@@ -12,6 +12,15 @@ Overrides = Annotated[
         "--set", metavar="KEY=VALUE", help="Override a key of the recipe: train.learning_rate=1e-6. Repeatable."
     ),
 ]
+AccelerateConfig = Annotated[
+    str | None,
+    typer.Option(
+        "--accelerate-config",
+        metavar="NAME_OR_PATH",
+        help="Train on several devices: one_gpu, eight_gpus, fsdp2_nodes, or a file of `accelerate config`.",
+        show_default=False,
+    ),
+]
 AllowCode = Annotated[bool, typer.Option("--allow-code", help="Run the programs that the recipe names.")]
 RoundIndex = Annotated[int, typer.Option("--round", min=0, help="The round, from 0: its prompts, seeds and settings.")]
 Model = Annotated[str, typer.Option(help="A model folder, or a hub id.", show_default=False)]

@@ -8,7 +8,7 @@ import typer
 
 from selfplay.errors import RecipeError, StorageError
 from selfplay.recipe import Recipe
-from selfplay.recipe_file import load_recipe
+from selfplay.recipe_file import load_recipe, recipe_folder
 from selfplay.recipe_judges import ApiJudgeRecipe, LLMJudgeRecipe, PythonJudgeRecipe, judges_in
 from selfplay.recipe_reward import RewardModelRecipe
 
@@ -47,13 +47,6 @@ def copy_command(
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, target)
         typer.echo(target)
-
-
-def recipe_folder() -> Path:
-    """Where the recipes lie: in an installed package inside it, in a source checkout beside it."""
-    package = Path(__file__).resolve().parent.parent
-    inside = package / "_recipes"
-    return inside if inside.is_dir() else package.parent / "recipes"
 
 
 def files_of(recipe: Recipe, folder: Path) -> list[Path]:

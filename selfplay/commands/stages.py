@@ -14,10 +14,20 @@ from typing import Annotated
 
 import typer
 
-from selfplay.commands.options import AllowCode, Groups, Model, OutFolder, Overrides, RecipeFile, RoundIndex
+from selfplay.commands.options import (
+    AccelerateConfig,
+    AllowCode,
+    Groups,
+    Model,
+    OutFolder,
+    Overrides,
+    RecipeFile,
+    RoundIndex,
+)
 from selfplay.progress import Reporter
 from selfplay.recipe_file import load_recipe
 from selfplay.report import filter_line, make_console, number, print_policy, reasons
+from selfplay.train.devices import read_devices
 
 
 def generate_command(
@@ -100,13 +110,15 @@ def train_command(
     round: RoundIndex = 0,
     split: Annotated[str, typer.Option(help="The split of a data set id.")] = "train",
     name: Annotated[str | None, typer.Option(help="The configuration of a data set id.")] = None,
+    accelerate_config: AccelerateConfig = None,
     overrides: Overrides = None,
 ) -> None:
     """Train on preference pairs (DPO and others), or on single completions (SFT); the policy lies in OUT/policy."""
     loaded = load_recipe(recipe, overrides or ())
     from selfplay.single_train import TrainInputs, train
 
-    inputs = TrainInputs(model, pairs, name, split, reference, groups, optimizer_state, round)
+    devices = read_devices(accelerate_config) if accelerate_config is not None else None
+    inputs = TrainInputs(model, pairs, name, split, reference, groups, optimizer_state, round, devices)
     result = train(loaded, inputs, out, Reporter())
     accuracy = result["rewards/accuracies"]
     typer.echo(

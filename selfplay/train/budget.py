@@ -11,6 +11,7 @@ same packs. Where memory runs out all the same, packs are halved (memory.py).
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +24,7 @@ from selfplay.train.memory import free_memory
 from selfplay.train.optim import Masters
 from selfplay.train.pack import build_packs
 from selfplay.train.settings import STATE_BYTES, TrainSettings
+from selfplay.train.world import World
 from selfplay.types import Demonstration, Message
 
 CPU_PACK_TOKENS = 2048
@@ -64,18 +66,21 @@ class CudaMeter:
 
 
 def pack_tokens(
-    path: Path, module: TokenLogps, masters: Masters, settings: TrainSettings, *, shared: bool, device: torch.device
+    path: Path, module: TokenLogps, masters: Masters, settings: TrainSettings, *, shared: bool, world: World
 ) -> int:
-    """The token budget of a job: the recipe's number, else that in the file `path`, which is written where it isn't there."""
+    """The token budget of a job: the recipe's number, else that in the file `path`, which is written where it isn't there.
+    Several processes measure together, and the first one writes and reads.
+    """
     if settings.max_pack_tokens is not None:
         return settings.max_pack_tokens
-    if not path.exists():
+    if not world.first(path.exists):
         found: dict[str, Any] = {"max_pack_tokens": CPU_PACK_TOKENS, "device": "cpu"}
-        if device.type == "cuda":
-            found = measured(module, masters, settings, CudaMeter(device), shared=shared, device=device)
-            found["device"] = torch.cuda.get_device_name(device)
-        store.write_json(path, found)
-    return int(store.read_json(path)["max_pack_tokens"])
+        if world.device.type == "cuda":
+            found = measured(module, masters, settings, CudaMeter(world.device), shared=shared, world=world)
+            found["device"] = torch.cuda.get_device_name(world.device)
+        if world.is_first:
+            store.write_json(path, found)
+    return int(world.first(lambda: store.read_json(path)["max_pack_tokens"]))
 
 
 def with_pack_length(settings: TrainSettings, model: Any) -> TrainSettings:
@@ -92,21 +97,33 @@ def measured(
     meter: Meter,
     *,
     shared: bool,
-    device: torch.device,
+    world: World,
 ) -> dict[str, Any]:
-    """What the file holds: the budget, the limit, and the peak of every size that was tried, in bytes.
+    """What the file holds: the budget, the limit, and the peak of every size that was tried, in bytes: those of the process
+    that has the least room.
 
     Weights and random states stay as they are and no gradient is left. What the optimizer will take at its first step is
     counted before it does.
     """
 
-    def work(tokens: int) -> None:
-        _forward_and_backward(module, masters, settings, tokens, shared=shared, device=device)
+    def peak(tokens: int) -> int:
+        taken, full = 0, 0
+        try:
+            taken = meter.peak(partial(_forward_and_backward, module, masters, settings, tokens, shared, world.device))
+        except torch.OutOfMemoryError:
+            if world.sharding is not None:  # the others are in the middle of a pass with this process
+                raise
+            full = 1
+        taken, full = world.most(taken, full)
+        if full:  # everywhere, so that all go on from here together
+            raise torch.OutOfMemoryError
+        return taken
 
     try:
-        work(SIZES[0])  # from here on the masters hold gradients, as they do in every step from its second pack on
-        limit = meter.limit() - STATE_BYTES[settings.optim] * sum(w.numel() for w in masters.weights)
-        peaks = grow(lambda tokens: meter.peak(lambda: work(tokens)), limit)
+        peak(SIZES[0])  # from here on the masters hold gradients, as they do in every step from its second pack on
+        own = meter.limit() - STATE_BYTES[settings.optim] * sum(w.numel() for w in masters.weights)
+        limit = -world.most(-own)[0]
+        peaks = grow(peak, limit)
     except torch.OutOfMemoryError:
         limit, peaks = 0, []
     masters.clear_gradients()
@@ -134,7 +151,7 @@ def _next_peak(found: Sequence[tuple[int, int]]) -> int:
 
 
 def _forward_and_backward(
-    module: TokenLogps, masters: Masters, settings: TrainSettings, tokens: int, *, shared: bool, device: torch.device
+    module: TokenLogps, masters: Masters, settings: TrainSettings, tokens: int, shared: bool, device: torch.device
 ) -> None:
     """What a training step does to one pack of about `tokens` random tokens."""
     draw = random.Random(0)

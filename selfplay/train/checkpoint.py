@@ -2,6 +2,8 @@
 
     train/checkpoints/step-000120/
       state-00000.safetensors ...  fp32 weights, optimizer state, random states; a file holds about FILE_BYTES
+      rank-00001-00000.safetensors ...  the same of process 1 and so on, where several train: its rows of the weights, or
+                                   where each holds all of them its random states alone
       checkpoint.json              step, epoch, figures so far, pack cap, and the fingerprint of the job
       steps.jsonl                  the metrics of the steps so far: train/steps.jsonl is cut back to them
       SHA256SUMS                   the digests of those
@@ -11,7 +13,7 @@ The schedule and the order of the pairs are functions of the step, so the step i
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +26,7 @@ from selfplay import store
 from selfplay.errors import StorageError
 from selfplay.train.optim import Masters, load_state, state_tensors
 from selfplay.train.settings import KEPT_CHECKPOINTS, TrainJob
+from selfplay.train.world import World
 
 FILE_BYTES = 4 << 30  # safetensors builds a file in memory before it writes it
 # save_steps: auto. At most this much training is lost to a kill, unless writing takes so long that it would cost more than
@@ -41,11 +44,13 @@ class Found:
     max_pack_tokens: int
     result: dict[str, Any]
     rows: list[dict[str, Any]]
+    world: World
 
     def restore(self, masters: Masters, optimizer: torch.optim.Optimizer) -> None:
         """Weights, optimizer and random states as they were after the step."""
         parts: dict[str, dict[str, Tensor]] = {"weights": {}, "optimizer": {}, "random": {}}
-        for name, tensor in _stored(self.folder):
+        ranks = (self.world.rank,) if self.world.sharding is not None else (0, self.world.rank)
+        for name, tensor in _stored(self.folder, dict.fromkeys(ranks)):
             part, _, key = name.partition("/")
             parts[part][key] = tensor
         masters.load(parts["weights"].items())
@@ -56,8 +61,8 @@ class Found:
 class Checkpoints:
     """Those of one job, in `folder`. `note` takes a line for the user."""
 
-    def __init__(self, folder: Path, job: TrainJob, *, note: Callable[[str], None]) -> None:
-        self.folder, self.job, self.note = folder, job, note
+    def __init__(self, folder: Path, job: TrainJob, *, note: Callable[[str], None], world: World) -> None:
+        self.folder, self.job, self.note, self.world = folder, job, note, world
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
@@ -73,6 +78,7 @@ class Checkpoints:
             "optimizer_state": store.file_digest(Path(state)) if state is not None else None,
             "schedule": [job.first_step, job.total_steps],
             "seed": job.seed,
+            "processes": processes_line(self.world),
             "settings": settings,
         }
 
@@ -80,6 +86,14 @@ class Checkpoints:
         """The last valid checkpoint; None where there is none. Damaged ones are removed, with a line each. StorageError
         where they are of another job.
         """
+        name = self.world.first(self._newest)
+        if name is None:
+            return None
+        data = json.loads((self.folder / name / "checkpoint.json").read_text())
+        rows = store.read_json_lines(self.folder / name / "steps.jsonl")
+        return Found(self.folder / name, data["step"], data["max_pack_tokens"], data["result"], rows, self.world)
+
+    def _newest(self) -> str | None:
         for folder in reversed(self._folders()):
             try:
                 store.check_folder(folder)
@@ -89,13 +103,17 @@ class Checkpoints:
                 continue
             data = json.loads((folder / "checkpoint.json").read_text())
             self._require_own(folder, data["fingerprint"])
-            rows = store.read_json_lines(folder / "steps.jsonl")
             self.note(f"training: going on from the checkpoint of step {data['step']}")
-            return Found(folder, data["step"], data["max_pack_tokens"], data["result"], rows)
+            return folder.name
         return None
 
     def _require_own(self, folder: Path, found: dict[str, Any]) -> None:
         own = json.loads(json.dumps(self.fingerprint))
+        if own["processes"] != found.get("processes"):
+            raise StorageError(
+                f"{folder}: this checkpoint was written by {found.get('processes')}, and this is {own['processes']}. Go on "
+                f"with the devices that it began with, or delete the folder {self.folder} to train from the start"
+            )
         if other := [key for key in own | found if own.get(key) != found.get(key)]:
             raise StorageError(
                 f"{folder}: a checkpoint of another training job: its {', '.join(other)} differ. Delete the folder "
@@ -111,20 +129,31 @@ class Checkpoints:
         result: dict[str, Any],
         rows: list[dict[str, Any]],
     ) -> Path:
-        """Writes one, of the step that `rows` end with, and removes all but the last KEPT_CHECKPOINTS."""
+        """Writes one, of the step that `rows` end with, and removes all but the last KEPT_CHECKPOINTS. Every process writes
+        its part, and returns when all have.
+        """
         step, epoch = rows[-1]["step"], rows[-1]["epoch"]
         data = {"step": step, "epoch": epoch, "max_pack_tokens": max_pack_tokens, "result": result}
 
         def write(folder: Path) -> None:
-            _write_tensors(folder, _tensors(masters, optimizer))
+            self.world.wait()  # the folder is there
+            _write_tensors(folder, _tensors(masters, optimizer), _prefix(0))
             text = json.dumps(data | {"fingerprint": self.fingerprint}, indent=2, allow_nan=False) + "\n"
             (folder / "checkpoint.json").write_text(text)
             (folder / "steps.jsonl").write_bytes(store.json_lines(rows))
+            self.world.wait()  # and so are the parts of the others
 
         path = self.folder / f"step-{step:06d}"
-        store.write_folder(path, write)
-        for old in self._folders()[:-KEPT_CHECKPOINTS]:
-            store.remove_folder(old)
+        if self.world.is_first:
+            store.write_folder(path, write)
+            for old in self._folders()[:-KEPT_CHECKPOINTS]:
+                store.remove_folder(old)
+        else:
+            self.world.wait()
+            own = _tensors(masters, optimizer) if self.world.sharding is not None else _random_tensors()
+            store.write_part(path, lambda folder: _write_tensors(folder, own, _prefix(self.world.rank)))
+            self.world.wait()
+        self.world.wait()
         return path
 
     def _folders(self) -> list[Path]:
@@ -152,11 +181,22 @@ class Due:
         self.cost = self.last - started
 
 
+def processes_line(world: World) -> str:
+    """How many processes train, in words; the order of sums follows from it, and with FSDP who keeps which rows."""
+    if world.size == 1:
+        return "1 process"
+    return f"{world.size} processes ({'DDP' if world.sharding is None else 'FSDP2'})"
+
+
 def _tensors(masters: Masters, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
     for name, weight in masters.named():
         yield f"weights/{name}", weight
     for name, tensor in state_tensors(optimizer).items():
         yield f"optimizer/{name}", tensor
+    yield from _random_tensors()
+
+
+def _random_tensors() -> Iterator[tuple[str, Tensor]]:
     yield "random/cpu", torch.get_rng_state()
     for n, state in enumerate(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []):
         yield f"random/{n}", state
@@ -168,7 +208,11 @@ def _set_random_states(states: dict[str, Tensor]) -> None:
         torch.cuda.set_rng_state_all([states[str(n)] for n in range(len(states))])
 
 
-def _write_tensors(folder: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
+def _prefix(rank: int) -> str:
+    return f"rank-{rank:05d}" if rank else "state"
+
+
+def _write_tensors(folder: Path, tensors: Iterator[tuple[str, Tensor]], prefix: str) -> None:
     from safetensors.torch import save_file
 
     number, held, size = 0, dict[str, Tensor](), 0
@@ -176,16 +220,16 @@ def _write_tensors(folder: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
         held[name] = tensor.contiguous()
         size += tensor.nbytes
         if size >= FILE_BYTES:
-            save_file(held, folder / f"state-{number:05d}.safetensors")
+            save_file(held, folder / f"{prefix}-{number:05d}.safetensors")
             number, held, size = number + 1, {}, 0
     if held:
-        save_file(held, folder / f"state-{number:05d}.safetensors")
+        save_file(held, folder / f"{prefix}-{number:05d}.safetensors")
 
 
-def _stored(folder: Path) -> Iterator[tuple[str, Tensor]]:
+def _stored(folder: Path, ranks: Iterable[int]) -> Iterator[tuple[str, Tensor]]:
     from safetensors import safe_open
 
-    for path in sorted(folder.glob("state-*.safetensors")):
+    for path in (path for rank in ranks for path in sorted(folder.glob(f"{_prefix(rank)}-*.safetensors"))):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - no mapping
                 yield name, file.get_tensor(name)

@@ -6,30 +6,39 @@ back whole to the engine of the next round.
 
 import json
 import os
+import select
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
-from selfplay import errors
+from selfplay import errors, store
 from selfplay.generators.child import die_with
 from selfplay.progress import Reporter
+from selfplay.train.devices import Devices
 from selfplay.train.kl import KLJob, run_kl
 from selfplay.train.loop import run_training
+from selfplay.train.rank import STOP
 from selfplay.train.settings import TrainJob, TrainSettings
 from selfplay.train.stop import handled
 
+RANK = "selfplay.train.rank"
+GONE_SECONDS = 30  # more than any of them needs, unless its disk hangs
 UNITS = {"reference": "pairs", "train": "steps", "kl": "prompts"}
 
 
-def launch(job: TrainJob | KLJob, report: Reporter) -> dict[str, Any]:
-    """The job's result; the job's own errors are raised here."""
+def launch(job: TrainJob | KLJob, report: Reporter, devices: Devices | None = None) -> dict[str, Any]:
+    """The job's result; the job's own errors are raised here. `devices` say on which processes a training job runs."""
+    if devices is not None:
+        return run_on(devices, job, report)
     return run_in_child(job, report) if torch.cuda.is_available() else _run(job, report)
 
 
@@ -52,9 +61,64 @@ def run_in_child(job: TrainJob | KLJob, report: Reporter) -> dict[str, Any]:
     return result
 
 
-def wait_for(process: "subprocess.Popen[bytes]") -> int:
-    """The exit code of a child that leads a session. The first SIGINT or SIGTERM is passed on to it as SIGTERM, and it may
-    finish its step; the second one raises KeyboardInterrupt. However this ends, the child's processes have ended too.
+def run_on(devices: Devices, job: TrainJob | KLJob, report: Reporter) -> dict[str, Any]:
+    """The same on several processes, started by accelerate. All of them are gone when this returns."""
+    assert isinstance(job, TrainJob)
+    # in the run, which other machines see as well; swept away with what else is unfinished
+    folder = (Path(job.out) / ("processes" + store.TEMPORARY)).absolute()
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    described = asdict(devices) | {"config": str(devices.config)}
+    (folder / "job.json").write_text(json.dumps({"quiet": report.quiet, "devices": described, **asdict(job)}))
+    report.note(f"training on {devices.line}")
+    names = [str(folder / "job.json"), str(folder / "result.json")]
+    command = devices.command(RANK, names, failed=folder / "failed.json")
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    try:
+        try:
+            code = wait_for(process, ask=(folder / STOP).touch)
+        finally:
+            _wait_until_gone(process)
+        if code != 0:
+            _raise_failure(folder, devices)
+        result: dict[str, Any] = json.loads((folder / "result.json.0").read_text())
+        return result
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _wait_until_gone(process: "subprocess.Popen[bytes]") -> None:
+    """Returns when the processes that a launcher started have ended, which watch it: each has its standard input."""
+    assert process.stdin is not None
+    with process.stdin as pipe:
+        watch = select.poll()
+        watch.register(pipe, 0)  # that nobody is left to read is told unasked
+        watch.poll(GONE_SECONDS * 1000)
+
+
+def _raise_failure(folder: Path, devices: Devices) -> NoReturn:
+    """Raises what ended the processes that train: an error of ours, a request to stop, or what befell one of them."""
+    for file in sorted(folder.glob("result.json.*")):
+        found = json.loads(file.read_text())
+        if "error" in found:
+            raise getattr(errors, found["error"])(found["message"])
+    if (folder / STOP).exists():  # they were asked to stop, and had nothing to save yet
+        raise KeyboardInterrupt
+    how = "the launcher of the training processes was ended"
+    if (folder / "failed.json").exists():
+        failed = json.loads((folder / "failed.json").read_text())
+        code = failed["code"]
+        how = f"process {failed['rank']} of the {devices.num_processes} that train " + (
+            f"was ended by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"ended with code {code}"
+        )
+    raise errors.SelfplayError(
+        f"{how}, and the others with it; messages of their own are above. The same command goes on from the last checkpoint"
+    )
+
+
+def wait_for(process: "subprocess.Popen[bytes]", *, ask: Callable[[], None] | None = None) -> int:
+    """The exit code of a child that leads a session. The first SIGINT or SIGTERM is passed on by `ask`, else as SIGTERM, and
+    it may finish its step; the second one raises KeyboardInterrupt. However this ends, the child's processes have ended too.
     """
     asked = False
 
@@ -63,7 +127,7 @@ def wait_for(process: "subprocess.Popen[bytes]") -> int:
         if asked:
             raise KeyboardInterrupt
         asked = True
-        process.terminate()
+        (ask or process.terminate)()
 
     try:
         with handled(pass_on):
@@ -75,14 +139,14 @@ def wait_for(process: "subprocess.Popen[bytes]") -> int:
 
 
 def _run(job: TrainJob | KLJob, report: Reporter) -> dict[str, Any]:
-    progress = _Stages(report)
+    progress = Stages(report)
     try:
         return run_training(job, progress) if isinstance(job, TrainJob) else run_kl(job, progress)
     finally:
         progress.close()
 
 
-class _Stages:
+class Stages:
     """Turns (what, done, total) calls into the reporter's stages."""
 
     def __init__(self, report: Reporter) -> None:

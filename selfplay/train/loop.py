@@ -4,9 +4,11 @@ One copy of the weights serves twice: before its first step the policy is the re
 without gradients over packs, and from disk ever after. A job that was stopped goes on from its last checkpoint.
 """
 
+import collections
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,56 +18,65 @@ from selfplay import faults, store
 from selfplay.errors import RecipeError, Stopped
 from selfplay.recipe_train import reads
 from selfplay.train.budget import pack_tokens, with_pack_length
-from selfplay.train.checkpoint import Checkpoints, Due, Found
-from selfplay.train.logps import TokenLogps
-from selfplay.train.memory import in_smaller_packs
-from selfplay.train.model import default_device, load_model, probe, save_policy
-from selfplay.train.optim import Masters, carry_optimizer, make_optimizer, make_schedule, save_optimizer
+from selfplay.train.checkpoint import Checkpoints, Due, Found, processes_line
+from selfplay.train.model import default_device, load_model, save_policy
+from selfplay.train.optim import carry_optimizer, make_optimizer, make_schedule, save_optimizer
 from selfplay.train.pack import form_steps
+from selfplay.train.place import place
 from selfplay.train.progress import SILENT, Progress
-from selfplay.train.reference import ReferenceLogps, audit_engine
+from selfplay.train.reference import audit_engine
 from selfplay.train.reference_pass import find_reference, win_rates
 from selfplay.train.rows import read_rows
 from selfplay.train.settings import TrainJob, TrainSettings
 from selfplay.train.stop import stopping
 from selfplay.train.trainer import Trainer
+from selfplay.train.world import World
 from selfplay.types import Group, TrainRow
 
+FEWER = ". With FSDP packs are not made smaller by themselves: lower train.max_pack_tokens"
 
-def run_training(job: TrainJob, progress: Progress = SILENT) -> dict[str, Any]:
+
+def run_training(job: TrainJob, progress: Progress = SILENT, world: World | None = None) -> dict[str, Any]:
     """Trains `job.policy` on its pairs and writes, under `job.out`: reference.safetensors (and reference/, where it is an
     ema) if a loss reads a reference, train/steps.jsonl, train/result.json and policy/. Returns the result.
 
     While it trains it keeps checkpoints in train/checkpoints/, and goes on from the last one that it finds. Raises
     NoPairsError, NonFiniteError and AuditError before a policy is written; Stopped at the step boundary after a request.
+    `world` are the processes that do this together: each calls this with the same job. None where this one is alone.
     """
     try:
-        return _train(job, progress)
+        return _train(job, progress, world or World(default_device()))
     except torch.OutOfMemoryError as error:
         raise RecipeError(
             f"the device has too little memory for one pair, or for the optimizer ({error}). Set "
             "train.gradient_checkpointing: true, lower train.max_length, or take train.optim: adamw_bnb_8bit"
+            + (FEWER if world is not None and world.sharding is not None else "")
         ) from error
 
 
-def _train(job: TrainJob, progress: Progress) -> dict[str, Any]:
+def _train(job: TrainJob, progress: Progress, world: World) -> dict[str, Any]:
     settings, out = job.settings, Path(job.out)
     pairs, num_too_long = read_rows(job)
-    checkpoints = Checkpoints(out / "train" / "checkpoints", job, note=progress.note)
+    checkpoints = Checkpoints(out / "train" / "checkpoints", job, note=progress.note, world=world)
     found = checkpoints.newest()
     torch.manual_seed(job.seed)
     steps = _plan(job, pairs)
     result: dict[str, Any] = found.result if found is not None else {"num_too_long": num_too_long, "out_of_memory": []}
-    model, trainer = _prepare(job, pairs, len(steps), found, result, progress)
+    model, trainer = _prepare(job, pairs, len(steps), found, result, progress, world)
     rows = found.rows if found is not None else []
     _run_steps(job, trainer, pairs, steps, rows, result, checkpoints, progress)
-    result |= _summary(rows, len(pairs), settings)
-    if job.keep_optimizer_state:
-        save_optimizer(trainer.optimizer, out / "train" / "optimizer.safetensors", settings.optim)
-    store.write_json(out / "train" / "result.json", result)
+    result |= _summary(rows, len(pairs), settings) | {"processes": processes_line(world)}
     masters, template = trainer.masters, job.chat_template
-    save_policy(model, masters, job.policy, out / "policy", dtype=settings.save_dtype, chat_template=template)
-    store.remove_folder(checkpoints.folder)
+    if job.keep_optimizer_state:
+        path = out / "train" / "optimizer.safetensors"
+        save_optimizer(trainer.optimizer, masters, path, settings.optim, world=world)
+    if world.is_first:
+        store.write_json(out / "train" / "result.json", result)
+        save_policy(model, masters, job.policy, out / "policy", dtype=settings.save_dtype, chat_template=template)
+        store.remove_folder(checkpoints.folder)
+    else:
+        collections.deque(masters.whole(), maxlen=0)  # its part in what the first one saves
+    world.wait()
     return result
 
 
@@ -76,32 +87,29 @@ def _prepare(
     found: Found | None,
     result: dict[str, Any],
     progress: Progress,
+    world: World,
 ) -> tuple[Any, Trainer]:
     """(model, trainer), at the step of the checkpoint that was found. Fills `result` with what is measured at the start."""
-    from accelerate import Accelerator
-
-    settings, device = job.settings, default_device()
-    accelerator = Accelerator(cpu=device.type == "cpu")
-    model = load_model(
+    settings = job.settings
+    load = partial(
+        load_model,
         job.policy,
         lora=settings.lora,
         load_in_4bit=settings.load_in_4bit,
         gradient_checkpointing=settings.gradient_checkpointing,
     )
-    model = model.to(device)
+    placed = place(load, world, bf16=settings.bf16, check=found is None)
+    module, masters = placed.module, placed.masters
     if found is None:
-        result["shared_prompts"], result["probe_difference"] = probe(model, device)
+        result["shared_prompts"], result["probe_difference"] = placed.shared, placed.difference
+        result |= audit_engine(module, _groups(job), bound=settings.max_audit_difference, world=world) or {}
     shared: bool = result["shared_prompts"]
-    masters = Masters(model, compute_dtype=torch.bfloat16 if settings.bf16 else torch.float32)
-    module = TokenLogps(model)
-    if found is None:
-        result |= audit_engine(module, _groups(job), bound=settings.max_audit_difference, device=device) or {}
     # what the recipe leaves to the model and the machine
-    settings = with_pack_length(settings, model)
+    settings = with_pack_length(settings, module.model)
     job = replace(job, settings=settings)
     if found is None:
         budget = Path(job.pack_budget or Path(job.out) / "pack_budget.json")
-        cap = pack_tokens(budget, module, masters, settings, shared=shared, device=device)
+        cap = pack_tokens(budget, module, masters, settings, shared=shared, world=world)
         result["max_pack_tokens"] = cap
     else:
         cap = found.max_pack_tokens
@@ -112,32 +120,22 @@ def _prepare(
         result["out_of_memory"].append({"step": 0, "max_pack_tokens": cap})
         progress.note(f"training: out of memory before the first step; from here on packs hold at most {cap} tokens")
 
-    def score(max_pack_tokens: int) -> ReferenceLogps | None:
-        return find_reference(
-            job,
-            pairs,
-            module,
-            masters,
-            max_pack_tokens=max_pack_tokens,
-            shared=shared,
-            device=device,
-            progress=progress,
-        )
-
     # before a checkpoint is loaded: the weights may themselves be the reference
-    reference = in_smaller_packs(score, cap, halved=halved)
+    reference = find_reference(
+        job, pairs, module, masters, max_pack_tokens=cap, shared=shared, world=world, halved=halved, progress=progress
+    )
     optimizer = make_optimizer(masters, settings)
     if job.optimizer_state is not None and found is None:
-        carry_optimizer(optimizer, Path(job.optimizer_state), settings.optim)
+        carry_optimizer(optimizer, masters, Path(job.optimizer_state), settings.optim)
     if found is not None:
         found.restore(masters, optimizer)
     schedule = make_schedule(optimizer, job, num_steps, done=found.step if found is not None else 0)
     trainer = Trainer(
-        accelerator.prepare(module),
+        module,
         masters,
         optimizer,
         schedule,
-        accelerator,
+        world,
         reference,
         win_rates(pairs) if "win_rates" in reads(settings.loss_type) else None,
         settings,
@@ -146,7 +144,7 @@ def _prepare(
         result["out_of_memory"],
         progress.note,
     )
-    return model, trainer
+    return module.model, trainer
 
 
 def _run_steps(
@@ -160,19 +158,22 @@ def _run_steps(
     progress: Progress,
 ) -> None:
     """The steps after those in `rows`, which it adds to, in train/steps.jsonl as well. Stopped where the user asked."""
-    path = Path(job.out) / "train" / "steps.jsonl"
-    store.rewrite(path, store.json_lines(rows))
+    path, world = Path(job.out) / "train" / "steps.jsonl", trainer.world
+    if world.is_first:
+        store.rewrite(path, store.json_lines(rows))
     due = Due(job.settings.save_steps)
     with stopping() as stop:
         for number, (epoch, indices) in enumerate(steps[len(rows) :], len(rows) + 1):
             rate = trainer.schedule.get_last_lr()[0]
             figures = trainer.step(pairs, indices, number=number, check_zero=number == 1)
             rows.append({"step": number, "epoch": epoch, "learning_rate": rate, **figures})
-            store.append_json_line(path, rows[-1])
+            if world.is_first:
+                store.append_json_line(path, rows[-1])
             progress("train", number, len(steps))
             faults.hit("train.boundary")
-            asked = stop.asked  # once: a signal may come between two looks
-            if asked or (number < len(steps) and due.after(number)):
+            # one look, since a signal may come between two; whoever is asked, all stop, and the first one's clock counts
+            asked, wanted = world.most(stop.asked, world.is_first and number < len(steps) and due.after(number))
+            if asked or wanted:
                 started = time.monotonic()
                 cap = trainer.max_pack_tokens
                 folder = checkpoints.save(
@@ -184,7 +185,7 @@ def _run_steps(
                     f"stopped after training step {number} of {len(steps)}; what is done is in {folder}. "
                     "The same command goes on from there"
                 )
-    if stop.asked:  # in the moment after the last look
+    if world.most(stop.asked)[0]:  # in the moment after the last look
         raise Stopped("stopped after the last training step. The same command goes on from the last checkpoint")
 
 

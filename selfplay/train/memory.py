@@ -5,6 +5,8 @@ from typing import TypeVar
 
 import torch
 
+from selfplay.train.world import World
+
 R = TypeVar("R")
 MIN_PACK_TOKENS = 64  # most pairs are longer: below it nothing would be split any more
 
@@ -15,17 +17,24 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def in_smaller_packs(work: Callable[[int], R], max_pack_tokens: int, *, halved: Callable[[int], None]) -> R:
-    """What `work` returns at the first cap that fits: `max_pack_tokens`, or half of it, and so on. `halved` gets each cap
-    that is tried after it. torch.OutOfMemoryError where none fits.
+def in_smaller_packs(
+    work: Callable[[int], R], max_pack_tokens: int, *, halved: Callable[[int], None], world: World
+) -> R:
+    """What `work` returns at the first cap that fits all processes: `max_pack_tokens`, or half of it, and so on. `halved`
+    gets each cap that is tried after it. torch.OutOfMemoryError where none fits, or where weights are sharded: the other
+    processes are then in the middle of a pass with this one.
     """
     while True:
+        done: list[R] = []
         try:
-            return work(max_pack_tokens)
+            done.append(work(max_pack_tokens))
         except torch.OutOfMemoryError:
-            if max_pack_tokens < 2 * MIN_PACK_TOKENS:
+            if max_pack_tokens < 2 * MIN_PACK_TOKENS or world.sharding is not None:
                 raise
+        if not world.most(not done)[0]:
+            return done[0]
         # outside the except block, whose traceback holds what the failed work took
+        done.clear()
         max_pack_tokens //= 2
         free_memory()
         halved(max_pack_tokens)

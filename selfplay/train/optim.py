@@ -13,6 +13,7 @@ from selfplay import store
 from selfplay.errors import DataError, RecipeError
 from selfplay.train.four_bit import compute_in
 from selfplay.train.settings import TrainJob, TrainSettings
+from selfplay.train.world import World
 
 
 class Masters:
@@ -41,6 +42,10 @@ class Masters:
                 grad = param.grad.float()
                 master.grad = grad if master.grad is None else master.grad.add_(grad)
                 param.grad = None
+
+    def sum_gradients(self, world: World) -> None:
+        """Sums the gradients of a step over all processes."""
+        world.add(w.grad for w in self.weights if w.grad is not None)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -78,13 +83,29 @@ class Masters:
         """(name, fp32 weight)."""
         return ((n, w.detach()) for n, w in zip(self.names, self.weights, strict=True))
 
+    def whole(self) -> Iterator[tuple[str, Tensor]]:
+        """The same with all rows of each weight, for the first process; all processes ask for it together."""
+        return self.named()
+
+    def gathered(self, weight: Tensor, rows: Tensor) -> Tensor:
+        """The whole of an optimizer state of a weight, of which this process has `rows`; all processes ask together."""
+        return rows
+
+    def own_rows(self, weight: Tensor, whole: Tensor) -> Tensor:
+        """What this process keeps of such a whole."""
+        return whole
+
+    def shape(self, weight: Tensor) -> torch.Size:
+        """That of the whole weight."""
+        return weight.shape
+
 
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
     """Casts the parameters in place and no buffer: `model.to(dtype)` would round the rotary frequencies as well, and move
     the logps of late positions. 4-bit weights stay as they are, and compute in `dtype`.
     """
     for param in model.parameters():
-        if param.is_floating_point():
+        if param.is_floating_point() and param.dtype != dtype:
             param.data = param.data.to(dtype)
     compute_in(model, dtype)
 
@@ -119,18 +140,21 @@ def _eight_bit(groups: list[dict[str, Any]], embeddings: list[Tensor], **setting
 
 def state_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's state by "number of the weight/key"; empty before its first step."""
-    weights = [w for group in optimizer.param_groups for w in group["params"]]
     return {
         # bitsandbytes' code tables are one tensor for all weights, and safetensors takes no shared memory
         f"{n}/{key}": torch.as_tensor(v).clone() if key.startswith("qmap") else torch.as_tensor(v).contiguous()
-        for n, weight in enumerate(weights)
+        for n, weight in enumerate(_weights(optimizer))
         for key, v in optimizer.state.get(weight, {}).items()
     }
 
 
-def _description(optimizer: torch.optim.Optimizer, kind: str) -> dict[str, Any]:
+def _weights(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [weight for group in optimizer.param_groups for weight in group["params"]]
+
+
+def _description(optimizer: torch.optim.Optimizer, masters: Masters, kind: str) -> dict[str, Any]:
     """What a stored state must have been made by."""
-    return {"optim": kind, "shapes": [list(w.shape) for group in optimizer.param_groups for w in group["params"]]}
+    return {"optim": kind, "shapes": [list(masters.shape(w)) for w in _weights(optimizer)]}
 
 
 def load_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
@@ -143,23 +167,30 @@ def load_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> 
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def save_optimizer(optimizer: torch.optim.Optimizer, path: Path, kind: str) -> None:
+def save_optimizer(optimizer: torch.optim.Optimizer, masters: Masters, path: Path, kind: str, *, world: World) -> None:
     """The state as one file, for the optimizer of the next round."""
     from safetensors.torch import save_file
 
+    weights = _weights(optimizer)
     # one key: safetensors writes several in any order, and the file is to have the same bytes every time
-    metadata = {"made_by": json.dumps(_description(optimizer, kind))}
-    store.write_file(path, lambda temporary: save_file(state_tensors(optimizer), temporary, metadata))
+    metadata = {"made_by": json.dumps(_description(optimizer, masters, kind))}
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in state_tensors(optimizer).items():
+        whole = masters.gathered(weights[int(name.partition("/")[0])], tensor)
+        tensors |= {name: whole.cpu()} if world.is_first else {}
+    if world.is_first:
+        store.write_file(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
-def carry_optimizer(optimizer: torch.optim.Optimizer, path: Path, kind: str) -> None:
+def carry_optimizer(optimizer: torch.optim.Optimizer, masters: Masters, path: Path, kind: str) -> None:
     """Takes over such a file. DataError where it is of another kind of optimizer or of another model."""
     from safetensors import safe_open
 
     store.check_file(path)
+    weights = _weights(optimizer)
     with safe_open(path, framework="pt") as file:
         found = json.loads((file.metadata() or {}).get("made_by", "{}"))
-        wanted = _description(optimizer, kind)
+        wanted = _description(optimizer, masters, kind)
         if found.get("optim") != kind:
             raise DataError(
                 f"{path}: this optimizer state is of {found.get('optim', 'an unknown optim')}, but train.optim is "
@@ -167,7 +198,9 @@ def carry_optimizer(optimizer: torch.optim.Optimizer, path: Path, kind: str) -> 
             )
         if found != wanted:
             raise DataError(f"{path}: this optimizer state is of another model: its weights have other shapes")
-        load_state(optimizer, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - no mapping
+        names = list(file.keys())
+        parts = {n: masters.own_rows(weights[int(n.partition("/")[0])], file.get_tensor(n)) for n in names}
+        load_state(optimizer, parts)
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, job: TrainJob, num_steps: int, *, done: int) -> Any:

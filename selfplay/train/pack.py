@@ -129,7 +129,7 @@ def build_packs(
         groups = sorted(_groups(pairs, indices, max_pack_tokens, shared), key=lambda g: -_num_tokens([g], shared))
         bins = _first_fit(groups, lambda held: _num_tokens(held, shared) <= max_pack_tokens)
         return [_tensors([held], shared) for held in bins]
-    longest = min(max_pack_tokens, max_pack_length or max_pack_tokens)
+    longest = _longest(max_pack_tokens, max_pack_length)
     groups = sorted(_groups(pairs, indices, longest, shared), key=lambda g: -_num_tokens([g], shared))
     rows = _first_fit(groups, lambda held: _num_tokens(held, shared) <= longest)
     # two rows of a pack that is as long as its budget never fit beside each other
@@ -147,6 +147,24 @@ def _first_fit(items: Sequence[T], fits: Callable[[list[T]], bool]) -> list[list
         else:
             place.append(item)
     return bins
+
+
+def _longest(max_pack_tokens: int, max_pack_length: int | None) -> int:
+    return min(max_pack_tokens, max_pack_length or max_pack_tokens)
+
+
+def units(
+    pairs: Sequence[TrainRow],
+    indices: Sequence[int],
+    *,
+    max_pack_tokens: int,
+    shared: bool,
+    max_pack_length: int | None = None,
+) -> list[tuple[int, list[int]]]:
+    """(tokens, indices) of what `build_packs` never splits: the pairs of a prompt, or as many as fit the caps."""
+    cap = _longest(max_pack_tokens, max_pack_length) if shared else max_pack_tokens
+    groups = _groups(pairs, indices, cap, shared)
+    return [(_num_tokens([group], shared), [index for index, _ in group.pairs]) for group in groups]
 
 
 def _groups(pairs: Sequence[TrainRow], indices: Sequence[int], cap: int, shared: bool) -> list[_Shared]:

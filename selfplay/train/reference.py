@@ -17,6 +17,7 @@ from selfplay.losses import PairLogps
 from selfplay.store import check_file, write_file
 from selfplay.train.logps import TokenLogps
 from selfplay.train.pack import Pack, build_packs
+from selfplay.train.world import World
 from selfplay.types import Demonstration, Group, Message, TrainRow
 
 NUM_AUDITED = 16
@@ -88,8 +89,9 @@ def pair_logps(
     )
 
 
-def check_zero_logratios(logps: Sequence[PairLogps], *, tolerance: float) -> float:
-    """Mean |log-ratio| per token of a step before any update, where policy and reference are the same weights.
+def check_zero_logratios(logps: Sequence[PairLogps], *, tolerance: float, world: World) -> float:
+    """Mean |log-ratio| per token of a step before any update, where policy and reference are the same weights. `logps` are
+    those of this process's packs.
 
     AuditError above `tolerance`: a wrong reference file, or dropout that is active. Where the engine gave the reference's
     logps they differ from the trainer's by the rounding of two programs. A completion's |log-ratio| is then at most the
@@ -101,6 +103,7 @@ def check_zero_logratios(logps: Sequence[PairLogps], *, tolerance: float) -> flo
         assert p.rejected_length_B is not None, "a loss that reads a reference reads pairs"
         total += float((p.chosen_logratios_B.abs() + p.rejected_logratios_B.abs()).detach().sum())
         tokens += float((p.chosen_length_B + p.rejected_length_B).sum())
+    total, tokens = world.total([total, tokens])
     difference = total / tokens
     if not difference <= tolerance:
         raise AuditError(
@@ -112,9 +115,7 @@ def check_zero_logratios(logps: Sequence[PairLogps], *, tolerance: float) -> flo
 
 
 @torch.no_grad()
-def audit_engine(
-    module: TokenLogps, groups: Sequence[Group], *, bound: float, device: torch.device
-) -> dict[str, float] | None:
+def audit_engine(module: TokenLogps, groups: Sequence[Group], *, bound: float, world: World) -> dict[str, float] | None:
     """How far the trainer's logps of sampled completions are from the engine's own: mean and largest |difference| per token,
     in nats, over at most 16 completions in plain, unpacked rows. None where the engine gave no logps.
 
@@ -123,12 +124,17 @@ def audit_engine(
     sampled = [(g, c) for g in groups for c in g.completions[:1] if c.logps][:NUM_AUDITED]
     if not sampled:
         return None
-    differences = []
-    for group, completion in sampled:
+    own: list[list[float]] = []
+    for first in range(0, len(sampled), world.size):
+        # past the end the last one again: processes with sharded weights run equally often
+        group, completion = sampled[min(first + world.rank, len(sampled) - 1)]
         row = as_demonstration(group, completion.token_ids)
-        pack = build_packs([row], [0], max_pack_tokens=1 << 30, shared=False)[0].to(device)
-        differences.append((module(pack)[: len(completion.logps)].cpu() - torch.tensor(completion.logps)).abs())
-    difference_N = torch.cat(differences)
+        pack = build_packs([row], [0], max_pack_tokens=1 << 30, shared=False)[0].to(world.device)
+        logps_N = torch.tensor(completion.logps)
+        own.append((module(pack)[: len(logps_N)].cpu() - logps_N).abs().tolist())
+    turns = zip(*world.gather(own), strict=True)
+    in_order = [differences for turn in turns for differences in turn][: len(sampled)]
+    difference_N = torch.tensor([difference for differences in in_order for difference in differences])
     figures = {"audit/mean_difference": difference_N.mean().item(), "audit/max_difference": difference_N.max().item()}
     if not figures["audit/mean_difference"] <= bound:
         raise AuditError(

@@ -6,7 +6,8 @@ Shapes: C completions of a row (chosen and rejected, or one), B rows.
 import hashlib
 import math
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,16 @@ from torch import Tensor
 from selfplay import store
 from selfplay.errors import AuditError, DataError
 from selfplay.recipe_train import reads
+from selfplay.train.deal import own_packs
 from selfplay.train.logps import TokenLogps
-from selfplay.train.model import load_model, probe, save_policy
-from selfplay.train.optim import Masters, cast_parameters
-from selfplay.train.pack import build_packs, form_steps
+from selfplay.train.memory import in_smaller_packs
+from selfplay.train.model import load_model, save_policy
+from selfplay.train.optim import Masters
+from selfplay.train.pack import form_steps
+from selfplay.train.place import place
 from selfplay.train.reference import ZERO_TOLERANCE, ReferenceLogps
-from selfplay.train.settings import TrainJob
+from selfplay.train.settings import TrainJob, TrainSettings
+from selfplay.train.world import World
 from selfplay.types import Demonstration, Group, Message, PreferencePair, TrainRow
 
 Tokens = tuple[int, ...]
@@ -35,7 +40,8 @@ def find_reference(
     *,
     max_pack_tokens: int,
     shared: bool,
-    device: torch.device,
+    world: World,
+    halved: Callable[[int], None],
     progress: Callable[[str, int, int], None],
 ) -> ReferenceLogps | None:
     """The reference's logps of every row, from disk where they are there and are of these weights and rows; None where no
@@ -43,53 +49,61 @@ def find_reference(
 
     `module` and `masters` hold the policy before its first step. Where the digests of reference and policy agree that one
     copy of the weights serves both; else the reference is loaded, scored and released before the optimizer takes memory.
-    AuditError, DataError or StorageError where the logps can't be trusted.
+    Where memory runs out the packs are made smaller, and `halved` gets their new cap. AuditError, DataError or StorageError
+    where the logps can't be trusted.
     """
     settings = job.settings
     if "reference" not in reads(settings.loss_type):
         return None
-    folder = reference_folder(job, masters)
-    weights = store.weights_digest(folder)
-    is_policy = job.reference is None or weights == store.weights_digest(Path(job.policy))
+    folder = reference_folder(job, masters, world)
+    # large files: one process reads them for all
+    weights = world.first(lambda: store.weights_digest(folder))
+    is_policy = job.reference is None or weights == world.first(lambda: store.weights_digest(Path(job.policy)))
     by_engine = settings.reference_logps == "engine"
     if by_engine and not is_policy:
         raise AuditError(
             "train.reference_logps is engine, but the reference is not the policy that sampled: its logps are unknown to "
             "the engine. Say reference_logps: trainer"
         )
-    dtype = next(module.parameters()).dtype
+    dtype = torch.bfloat16 if settings.bf16 else torch.float32
     tolerance = (settings.max_audit_difference if by_engine else ZERO_TOLERANCE[dtype]) if is_policy else None
     identity = _identity(job, rows, weights)
     path = Path(job.out) / "reference.safetensors"
-    if path.exists():
+    if world.first(path.exists):
         return ReferenceLogps.load(path, identity, zero_tolerance=tolerance)
     steps = form_steps(rows, batch_size=settings.batch_size, seed=job.seed, epoch=0, shuffle=settings.shuffle)
 
     def score(frozen: TokenLogps, scored: Sequence[TrainRow], cut: Sequence[Sequence[int]], shared: bool) -> Tensor:
-        return score_rows(
-            frozen,
-            scored,
-            cut,
-            max_pack_tokens=max_pack_tokens,
-            max_pack_length=settings.max_pack_length,
-            shared=shared,
-            device=device,
-            progress=lambda done: progress("reference", done, len(scored)),
-        )
+        def in_packs(cap: int) -> Tensor:
+            return score_rows(
+                frozen,
+                scored,
+                cut,
+                max_pack_tokens=cap,
+                max_pack_length=settings.max_pack_length,
+                shared=shared,
+                world=world,
+                progress=lambda done: progress("reference", done, len(scored)),
+            )
+
+        own_CB = in_smaller_packs(in_packs, max_pack_tokens, halved=halved, world=world).to(world.device)
+        world.add([own_CB])  # the others have 0 where one has a sum
+        return own_CB.cpu()
 
     if by_engine:
         sums_CB = _engine_sums(job, rows, lambda missing: score(module, missing, [range(len(missing))], shared))
     elif is_policy:
         sums_CB = score(module, rows, steps, shared)
     else:
-        other, shares = _load_other(folder, module, device, load_in_4bit=settings.load_in_4bit)
+        other, shares = _load_other(folder, module, settings, world)
         sums_CB = score(other, rows, steps, shares)
     reference = ReferenceLogps(sums_CB[0], sums_CB[1], tolerance)
-    reference.save(path, identity)
+    if world.is_first:
+        reference.save(path, identity)
     return reference
 
 
-def reference_folder(job: TrainJob, masters: Masters) -> Path:
+def reference_folder(job: TrainJob, masters: Masters, world: World) -> Path:
     """Where the reference's weights lie. An ema is mixed and saved as `reference` in the job's folder where it isn't there:
     alpha * policy + (1 - alpha) * reference of the round before (TR-DPO's soft update, arXiv:2404.09656, once a round), in
     fp32 whatever save_dtype is, since small steps would be lost in bf16.
@@ -99,32 +113,39 @@ def reference_folder(job: TrainJob, masters: Masters) -> Path:
     if job.ref_model_mixup_alpha is None:
         return Path(job.reference)
     folder = Path(job.out) / "reference"
-    if not folder.exists():
-        mixed = load_model(job.reference)
-        policy = dict(masters.named())
-        with torch.no_grad():
-            for name, param in mixed.named_parameters():
-                # lerp gives the very same values where both are the same
-                param.lerp_(policy[name].to(param.device), job.ref_model_mixup_alpha)
-        kept = Masters(mixed, compute_dtype=torch.float32)
-        save_policy(mixed, kept, job.policy, folder, dtype="float32", chat_template=job.chat_template)
+    if not world.first(folder.exists):
+        policy = dict(masters.whole())
+        if world.is_first:
+            _save_mixed(job, policy, folder)
+        world.wait()
     return folder
 
 
-def _load_other(
-    folder: Path, module: TokenLogps, device: torch.device, *, load_in_4bit: bool
-) -> tuple[TokenLogps, bool]:
+def _save_mixed(job: TrainJob, policy: Mapping[str, Tensor], folder: Path) -> None:
+    assert job.reference is not None
+    assert job.ref_model_mixup_alpha is not None
+    mixed = load_model(job.reference)
+    with torch.no_grad():
+        for name, param in mixed.named_parameters():
+            # lerp gives the very same values where both are the same
+            param.lerp_(policy[name].to(param.device), job.ref_model_mixup_alpha)
+    kept = Masters(mixed, compute_dtype=torch.float32)
+    save_policy(mixed, kept, job.policy, folder, dtype="float32", chat_template=job.chat_template)
+
+
+def _load_other(folder: Path, module: TokenLogps, settings: TrainSettings, world: World) -> tuple[TokenLogps, bool]:
     """Another model than the policy, in the policy's dtype, and whether it takes shared prompts."""
-    other = load_model(str(folder), load_in_4bit=load_in_4bit).to(device)
+    load = partial(load_model, str(folder), load_in_4bit=settings.load_in_4bit)
+    found = place(load, world, bf16=settings.bf16, check=True)
+    other = found.module.model
     sizes = [m.config.get_text_config().vocab_size for m in (module.model, other)]
     if sizes[0] != sizes[1]:
         raise DataError(
             f"train.reference: {folder} has {sizes[1]} tokens and the policy {sizes[0]}: the ids of one mean other text to "
             "the other. Take a reference of the policy's own family"
         )
-    shares, _ = probe(other, device)
-    cast_parameters(other, next(module.parameters()).dtype)
-    return TokenLogps(other), shares
+    assert found.shared is not None
+    return found.module, found.shared
 
 
 def _identity(job: TrainJob, rows: Sequence[TrainRow], weights: str) -> dict[str, Any]:
@@ -157,30 +178,35 @@ def score_rows(
     max_pack_tokens: int,
     max_pack_length: int | None = None,
     shared: bool,
-    device: torch.device,
+    world: World,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Tensor:
-    """Summed logps of every row's completions under the module's weights, shape (C, B), fp32 on the CPU. `progress` gets
-    the rows done.
+    """Summed logps of every row's completions under the module's weights, shape (C, B), fp32 on the CPU, and 0 for the rows
+    of other processes. `progress` gets the rows done.
 
     `steps` are the first epoch's: its packs are the very ones that training forwards first, so where policy and reference
     are the same weights the first log-ratios are 0 to the last bit, in bf16 as well.
     """
     sums_CB = torch.zeros(len(rows[0].completions), len(rows))
     assert sorted(i for step in steps for i in step) == list(range(len(rows)))
-    done = 0
+    finished = 0
     for step in steps:
-        for pack in build_packs(
-            rows, step, max_pack_tokens=max_pack_tokens, shared=shared, max_pack_length=max_pack_length
+        done = finished
+        for pack, weight in own_packs(
+            world, rows, step, max_pack_tokens=max_pack_tokens, max_pack_length=max_pack_length, shared=shared
         ):
-            pack = pack.to(device)
+            pack = pack.to(world.device)
             sum_S = pack.sum_per_sequence(module(pack)).cpu()
+            if not weight:  # it is another process's
+                continue
             index_B = torch.tensor(pack.pair_B)
             sums_CB[0, index_B] = sum_S[pack.chosen_B.cpu()]
             if pack.rejected_B is not None:
                 sums_CB[1, index_B] = sum_S[pack.rejected_B.cpu()]
             done += len(pack.pair_B)
             progress(done)
+        finished += len(step)
+        progress(finished)
     return sums_CB
 
 

@@ -114,8 +114,6 @@ def _row_logp(model: Any, pair: PreferencePair, completion: tuple[int, ...]) -> 
 
 
 def _our_trainer(model: str, work: Work, bf16: bool) -> tuple[Any, list[PreferencePair], list[list[int]]]:
-    from accelerate import Accelerator
-
     from selfplay.recipe_train import TrainRecipe
     from selfplay.train.budget import CPU_PACK_TOKENS
     from selfplay.train.logps import TokenLogps
@@ -126,6 +124,7 @@ def _our_trainer(model: str, work: Work, bf16: bool) -> tuple[Any, list[Preferen
     from selfplay.train.reference import ReferenceLogps
     from selfplay.train.settings import settings_at
     from selfplay.train.trainer import Trainer
+    from selfplay.train.world import World
 
     recipe = TrainRecipe(
         learning_rate=LEARNING_RATE, beta=BETA, batch_size=work.pairs_per_step, lr_scheduler_type="constant"
@@ -144,7 +143,7 @@ def _our_trainer(model: str, work: Work, bf16: bool) -> tuple[Any, list[Preferen
         masters=masters,
         optimizer=optimizer,
         schedule=schedule,
-        accelerator=Accelerator(cpu=True),
+        world=World(torch.device("cpu")),
         reference=nothing,
         win_rates_2B=None,
         settings=settings,
@@ -160,8 +159,8 @@ def _our_reference(trainer: Any, pairs: list[PreferencePair], steps: list[list[i
     from selfplay.train.reference import ReferenceLogps
     from selfplay.train.reference_pass import score_rows
 
-    cap, cpu = trainer.max_pack_tokens, torch.device("cpu")
-    return ReferenceLogps(*score_rows(trainer.module, pairs, steps, max_pack_tokens=cap, shared=True, device=cpu))
+    cap, world = trainer.max_pack_tokens, trainer.world
+    return ReferenceLogps(*score_rows(trainer.module, pairs, steps, max_pack_tokens=cap, shared=True, world=world))
 
 
 def _trl(model: str, work: Work, bf16: bool, changes: dict[str, Any]) -> float:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from jobs import job_of, settings, steps
+from jobs import ALONE, job_of, settings, steps
 from tiny import make_tiny_model
 
 from selfplay import store
@@ -73,7 +73,7 @@ def test_measuring_forwards_real_packs_and_leaves_no_trace(bf16: bool, tiny: Pat
     random_state = torch.get_rng_state()
     state = 8 * sum(w.numel() for w in masters.weights)
     meter = FakeMeter(module, held=10, limit=state + 3000, room=state + 4000)
-    found = measured(module, masters, chosen, meter, shared=True, device=CPU)
+    found = measured(module, masters, chosen, meter, shared=True, world=ALONE)
     assert found["limit_bytes"] == 3000, "what AdamW will hold is left free"
     assert [tokens for tokens, _ in found["peak_bytes"]] == [256, 512, 1024]
     for tokens, peak in found["peak_bytes"]:
@@ -89,7 +89,7 @@ def test_a_device_with_too_little_memory_for_any_size_gets_the_smallest(tiny: Pa
     model = load_model(str(tiny))
     module, masters = TokenLogps(model), Masters(model, compute_dtype=torch.float32)
     meter = FakeMeter(module, held=0, limit=0, room=10)
-    assert measured(module, masters, settings(), meter, shared=True, device=CPU)["max_pack_tokens"] == SIZES[0]
+    assert measured(module, masters, settings(), meter, shared=True, world=ALONE)["max_pack_tokens"] == SIZES[0]
 
 
 def test_the_budget_is_recorded_once_and_taken_from_there(
@@ -134,12 +134,12 @@ def test_the_length_of_rows_reaches_training_and_the_reference_pass(
     for module in (reference_pass, trainer):
         name = module.__name__.rpartition(".")[2]
 
-        def spy(*arguments: Any, real: Any = module.build_packs, name: str = name, **named: Any) -> Any:
+        def spy(*arguments: Any, real: Any = module.own_packs, name: str = name, **named: Any) -> Any:
             made = real(*arguments, **named)
-            widths[name] += [pack.input_ids_RT.shape[1] for pack in made]
+            widths[name] += [pack.input_ids_RT.shape[1] for pack, _ in made]
             return made
 
-        monkeypatch.setattr(module, "build_packs", spy)
+        monkeypatch.setattr(module, "own_packs", spy)
     result = run_training(job_of(tmp_path, tiny, pairs, max_steps=1, batch_size=12, max_pack_length=130))
     assert result["audit/zero_logratio"] == 0, "the reference pass takes the very packs of the first step"
     assert widths["trainer"]

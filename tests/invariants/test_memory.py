@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
-from jobs import job_of, random_pairs, settings, steps
+from jobs import ALONE, job_of, random_pairs, settings, steps
 from tiny import make_tiny_model
 from torch import Tensor
 
@@ -38,7 +37,7 @@ def trainer_of(model: Path, pairs: Sequence[PreferencePair], **changes: Any) -> 
         masters=masters,
         optimizer=optimizer,
         schedule=make_schedule(optimizer, TrainJob("", "", "", chosen, seed=0), 4, done=0),
-        accelerator=Accelerator(cpu=True),
+        world=ALONE,
         reference=ReferenceLogps(logps[:, 0].contiguous(), logps[:, 1].contiguous()),
         win_rates_2B=None,
         settings=chosen,

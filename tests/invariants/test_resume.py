@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from jobs import job_of, random_pairs, weights
+from jobs import ALONE, job_of, random_pairs, weights
 from safetensors.torch import load_file
 
 from selfplay import faults, store
@@ -113,7 +113,7 @@ def test_folders_that_are_no_checkpoints_are_left_alone(stopped: TrainJob) -> No
     folder = Path(stopped.out) / "train" / "checkpoints"
     (folder / "step-last").mkdir()
     (folder / "notes").write_text("mine")
-    assert Checkpoints(folder, stopped, note=print).newest() is not None
+    assert Checkpoints(folder, stopped, note=print, world=ALONE).newest() is not None
     assert {"step-last", "notes"} <= set(checkpoints(stopped))
 
 
@@ -244,7 +244,7 @@ def test_the_random_state_travels_with_a_checkpoint(stopped: TrainJob, monkeypat
     model = load_model(stopped.policy)
     masters = Masters(model, compute_dtype=torch.float32)
     optimizer = make_optimizer(masters, stopped.settings)
-    held = Checkpoints(Path(stopped.out) / "train" / "checkpoints", stopped, note=print)
+    held = Checkpoints(Path(stopped.out) / "train" / "checkpoints", stopped, note=print, world=ALONE)
     torch.manual_seed(7)
     held.save(masters, optimizer, max_pack_tokens=9, result={}, rows=[{"step": 8, "epoch": 2.5}])
     wanted = torch.rand(3)
@@ -260,7 +260,7 @@ def test_large_states_are_cut_into_several_files(stopped: TrainJob, monkeypatch:
     monkeypatch.setattr("selfplay.train.checkpoint.FILE_BYTES", 100_000)
     masters = Masters(load_model(stopped.policy), compute_dtype=torch.float32)
     optimizer = make_optimizer(masters, stopped.settings)
-    held = Checkpoints(Path(stopped.out) / "train" / "checkpoints", stopped, note=print)
+    held = Checkpoints(Path(stopped.out) / "train" / "checkpoints", stopped, note=print, world=ALONE)
     folder = held.save(masters, optimizer, max_pack_tokens=9, result={}, rows=[{"step": 8, "epoch": 2.5}])
     assert len(list(folder.glob("state-*.safetensors"))) > 2
     wanted = {name: weight.clone() for name, weight in masters.named()}

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from jobs import job_of, random_pairs
+from jobs import ALONE, job_of, random_pairs
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import make_tiny_model
@@ -22,8 +22,6 @@ from selfplay.train.loop import run_training
 from selfplay.train.model import load_model
 from selfplay.train.reference import NUM_AUDITED, ReferenceLogps, audit_engine
 from selfplay.types import Completion, Group, Message, PreferencePair, Prompt
-
-CPU = torch.device("cpu")
 
 
 def sampled_groups(model: Path, pairs: Sequence[PreferencePair]) -> list[Group]:
@@ -115,14 +113,14 @@ def test_the_audit_passes_with_the_engines_logps_and_fails_when_one_side_has_oth
     tiny: Path, pairs: Sequence[PreferencePair], tmp_path: Path
 ) -> None:
     groups = sampled_groups(tiny, pairs)
-    right = audit_engine(TokenLogps(load_model(str(tiny))), groups, bound=1e-4, device=CPU)
-    plain = audit_engine(TokenLogps(load_model(str(tiny))), groups, bound=1e-4, device=CPU)
+    right = audit_engine(TokenLogps(load_model(str(tiny))), groups, bound=1e-4, world=ALONE)
+    plain = audit_engine(TokenLogps(load_model(str(tiny))), groups, bound=1e-4, world=ALONE)
     assert right is not None
     assert plain is not None
     assert right["audit/max_difference"] < 1e-4
     changed = changed_copy(tiny, tmp_path / "changed")
     with pytest.raises(AuditError, match=r"max_audit_difference is 0\.1"):
-        audit_engine(TokenLogps(load_model(str(changed))), groups, bound=0.1, device=CPU)
+        audit_engine(TokenLogps(load_model(str(changed))), groups, bound=0.1, world=ALONE)
 
 
 def test_the_audit_fails_on_a_shifted_template_and_on_nan(tiny: Path, pairs: Sequence[PreferencePair]) -> None:
@@ -130,10 +128,10 @@ def test_the_audit_fails_on_a_shifted_template_and_on_nan(tiny: Path, pairs: Seq
     groups = sampled_groups(tiny, pairs)
     without_bos = [dataclasses.replace(g, prompt_token_ids=g.prompt_token_ids[1:]) for g in groups]
     with pytest.raises(AuditError):
-        audit_engine(module, without_bos, bound=0.1, device=CPU)
+        audit_engine(module, without_bos, bound=0.1, world=ALONE)
     first = dataclasses.replace(groups[0].completions[0], logps=(float("nan"),) * len(groups[0].completions[0].logps))
     with pytest.raises(AuditError):
-        audit_engine(module, [dataclasses.replace(groups[0], completions=(first,))], bound=0.1, device=CPU)
+        audit_engine(module, [dataclasses.replace(groups[0], completions=(first,))], bound=0.1, world=ALONE)
 
 
 def test_the_audit_reads_at_most_16_prompts_and_says_when_nobody_gave_logps(
@@ -149,10 +147,10 @@ def test_the_audit_reads_at_most_16_prompts_and_says_when_nobody_gave_logps(
         calls += 1
 
     module.register_forward_pre_hook(counted)
-    audit_engine(module, groups, bound=0.1, device=CPU)
+    audit_engine(module, groups, bound=0.1, world=ALONE)
     assert calls == NUM_AUDITED
     silent = [dataclasses.replace(g, completions=(dataclasses.replace(g.completions[0], logps=()),)) for g in groups]
-    assert audit_engine(module, silent, bound=0.1, device=CPU) is None
+    assert audit_engine(module, silent, bound=0.1, world=ALONE) is None
 
 
 def test_a_job_in_its_own_process_passes_results_and_errors_on(

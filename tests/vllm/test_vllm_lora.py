@@ -4,8 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-import torch
-from jobs import job_of, random_pairs
+from jobs import ALONE, job_of, random_pairs
 
 from selfplay.adapters import adapter_rank
 from selfplay.chat import Chat
@@ -32,9 +31,8 @@ def test_the_engine_samples_from_the_adapter_that_was_trained(
     messages = (Message("user", "Say a number."),)
     with EngineGenerator(served, chat) as generator:
         groups = generator.generate([Prompt(prompt_id(messages), messages)], Sampling(max_tokens=24))
-    cpu = torch.device("cpu")
-    found = audit_engine(TokenLogps(load_model(str(adapter))), groups, bound=0.1, device=cpu)
+    found = audit_engine(TokenLogps(load_model(str(adapter))), groups, bound=0.1, world=ALONE)
     assert found is not None
     assert found["audit/mean_difference"] < 2e-3
     with pytest.raises(AuditError):  # the bare base is another policy
-        audit_engine(TokenLogps(load_model(str(model))), groups, bound=0.1, device=cpu)
+        audit_engine(TokenLogps(load_model(str(model))), groups, bound=0.1, world=ALONE)

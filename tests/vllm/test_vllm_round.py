@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from jobs import ALONE
 
 import selfplay
 from selfplay import store
@@ -19,7 +20,6 @@ from selfplay.train.model import load_model
 from selfplay.train.reference import audit_engine
 from selfplay.types import Completion, Message, Prompt, Sampling, prompt_id
 
-CPU = torch.device("cpu")
 pytestmark = pytest.mark.vllm
 
 
@@ -32,13 +32,13 @@ def test_the_audit_passes_on_the_engines_weights_and_fails_when_one_side_changes
         prompts.append(Prompt(prompt_id(messages), messages))
     groups = engine.generate(prompts, Sampling(max_tokens=24))
     policy = load_model(str(model))
-    found = audit_engine(TokenLogps(policy), groups, bound=0.1, device=CPU)
+    found = audit_engine(TokenLogps(policy), groups, bound=0.1, world=ALONE)
     assert found is not None
     assert found["audit/mean_difference"] < 2e-3
     with torch.no_grad():
         policy.get_input_embeddings().weight.mul_(1.5)
     with pytest.raises(AuditError, match="Nothing was trained"):
-        audit_engine(TokenLogps(policy), groups, bound=0.1, device=CPU)
+        audit_engine(TokenLogps(policy), groups, bound=0.1, world=ALONE)
 
 
 def test_a_whole_round_on_vllm_is_audited_and_an_over_long_prompt_is_dropped(

@@ -1,0 +1,93 @@
+"""Two processes that train together, of which one is killed or hangs, or whose command is stopped or killed: none of them is
+left, the message says what happened, and the same command ends in the bytes of an undisturbed one.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import jobs
+import pytest
+import yaml
+from jobs import random_pairs
+from killer import digests
+from scripted_run import ok, write_recipe
+
+from selfplay import store
+from selfplay.cli import main
+from selfplay.train import launch
+from selfplay.types import PreferencePair
+
+CPU = {"distributed_type": "MULTI_CPU", "use_cpu": True, "num_processes": 2, "num_machines": 1, "mixed_precision": "no"}
+MEDDLED = (
+    "import sys\nfrom selfplay.cli import main\nfrom selfplay.train import launch\n"
+    "launch.RANK = 'meddler'\nmain(sys.argv[1:])\n"
+)
+Fault = Callable[[str | None], None]
+
+
+@pytest.fixture
+def command(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """`selfplay train` on two processes, but for its --out."""
+    train = {"learning_rate": 1e-3, "batch_size": 2, "bf16": False, "max_steps": 4, "save_steps": 1}
+    recipe = write_recipe(tmp_path, tiny, rounds=1, train=train)
+    store.write_records(tmp_path / "pairs.jsonl", random_pairs(num_prompts=4), PreferencePair)
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(CPU))
+    roots = [str(Path(jobs.__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(roots))
+    files = ["--pairs", str(tmp_path / "pairs.jsonl"), "--accelerate-config", str(tmp_path / "two.yaml")]
+    return ["train", str(recipe), "--model", str(tiny), *files, "--out"]
+
+
+def test_whatever_befalls_the_processes_none_is_left_and_the_same_command_goes_on(
+    command: list[str],
+    tmp_path: Path,
+    fault: Fault,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    ok(*command, tmp_path / "whole")
+    out = tmp_path / "out"
+    again = [*command, str(out)]
+    checkpoints = out / "train" / "checkpoints"
+
+    fault("train.update@2=kill9/1")
+    assert main(again) == 70
+    said = capfd.readouterr().err
+    assert "error: process 1 of the 2 that train was ended by signal 9 (SIGKILL), and the others with it" in said
+    assert "The same command goes on from the last checkpoint" in said
+    assert [f.name for f in checkpoints.iterdir()] == ["step-000001"]
+
+    monkeypatch.setattr(launch, "RANK", "meddler")
+    monkeypatch.setenv("MEDDLE", "hasty")
+    fault("store.replace@1=hang/0")  # before its first step
+    assert main(again) == 70
+    said = capfd.readouterr().err
+    assert "error: process 1 of the 2 that train ended with code 1, and the others with it" in said
+    assert "Timed out" in said
+
+    fault(None)
+    monkeypatch.setenv("MEDDLE", "int")
+    assert main(again) == 75
+    said = capfd.readouterr().err
+    assert "going on from the checkpoint of step 1" in said
+    assert "stopped after training step 2 of 4" in said
+    assert sorted(f.name for f in checkpoints.iterdir()) == ["step-000001", "step-000002"]
+
+    store.remove_folder(checkpoints)  # so that there is a second step once more
+    monkeypatch.setenv("MEDDLE", "kill")
+    killed = subprocess.run([sys.executable, "-c", MEDDLED, *again], capture_output=True, text=True, check=False)
+    # its output ends when the last process that could write to it has ended
+    assert killed.returncode == -9, killed.stderr
+    assert (out / f"processes{store.TEMPORARY}").is_dir()
+
+    monkeypatch.undo()
+    ok(*again)
+    said = " ".join(capfd.readouterr().err.split())
+    assert f"processes{store.TEMPORARY}: left unfinished when it was stopped; removed" in said
+    assert "going on from the checkpoint of step 1" in said
+    ours, theirs = digests(out), digests(tmp_path / "whole")
+    for name in ("policy/model.safetensors", "train/steps.jsonl", "train/result.json", "reference.safetensors"):
+        assert ours[name] == theirs[name], name

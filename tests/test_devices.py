@@ -1,0 +1,91 @@
+"""accelerate's configurations: those that ship parse, others may be refused, and two processes train as one does."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from jobs import weights
+from scripted_run import ok, write_recipe
+
+from selfplay.cli import main
+from selfplay.errors import RecipeError
+from selfplay.recipe_file import recipe_folder
+from selfplay.train.devices import read_devices
+
+SHIPPED = {"one_gpu": (1, 1, False), "eight_gpus": (8, 1, False), "fsdp2_nodes": (16, 2, True)}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_configuration_that_ships_parses_here_and_in_accelerate(name: str) -> None:
+    path = recipe_folder() / "accelerate" / f"{name}.yaml"
+    theirs, ours = load_config_from_file(str(path)), read_devices(name)
+    assert (ours.num_processes, ours.num_machines, ours.sharded) == SHIPPED[name]
+    assert (theirs.num_processes, theirs.num_machines) == SHIPPED[name][:2]
+    assert (theirs.distributed_type == "FSDP") == ours.sharded
+    assert ours == read_devices(str(path))
+
+
+def test_every_file_of_the_folder_is_one_of_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert {f.stem for f in (recipe_folder() / "accelerate").iterdir()} == set(SHIPPED)
+    ok("recipes")
+    assert not [name for name in SHIPPED if name in capsys.readouterr().out]
+
+
+CPU = {"distributed_type": "MULTI_CPU", "use_cpu": True, "num_processes": 2, "num_machines": 1, "mixed_precision": "no"}
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "deepspeed": ({"distributed_type": "DEEPSPEED"}, "DEEPSPEED is none of"),
+    "fp16": ({"mixed_precision": "fp16"}, r"train\.bf16"),
+    "fsdp1": ({"distributed_type": "FSDP", "use_cpu": False}, "fsdp_version must be 2"),
+    "offload": ({"fsdp_config": {"fsdp_offload_params": True}}, "offload"),
+    "uneven": ({"num_machines": 3}, "2 processes can't be spread over 3 machines"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_the_trainer_does_not_do_is_refused(what: str, tmp_path: Path) -> None:
+    changes, said = REFUSED[what]
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({**CPU, **changes}))
+    with pytest.raises(RecipeError, match=said):
+        read_devices(str(path))
+
+
+def test_several_machines_need_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    with pytest.raises(RecipeError, match="SLURM"):
+        read_devices("fsdp2_nodes").command("m", [])
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert read_devices("fsdp2_nodes").command("m", [])[:3] == ["srun", "--nodes", "2"]
+
+
+def test_a_dry_run_says_what_each_process_holds(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = write_recipe(tmp_path, tiny)
+    ok("iterate", recipe, "--out", tmp_path / "run", "--dry-run", "--accelerate-config", "fsdp2_nodes")
+    assert "16 processes on 2 machines, each holds 1/16 of policy" in capsys.readouterr().out
+    assert main(["iterate", str(recipe), "--accelerate-config", "nine_gpus"]) == 64
+    assert "neither a file nor one of eight_gpus, fsdp2_nodes, one_gpu" in capsys.readouterr().err
+
+
+def test_train_on_two_processes_gives_the_policy_of_one(
+    tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_recipe(tmp_path, tiny)
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(CPU))
+    rows = [{"prompt": f"Add {n}.", "chosen": f"It is {n}.", "rejected": "No."} for n in range(5)]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    arguments = ["train", recipe, "--model", tiny, "--pairs", tmp_path / "data.json", "--out"]
+    two = ["--accelerate-config", tmp_path / "two.yaml"]
+    ok(*arguments, tmp_path / "one")
+    ok(*arguments, tmp_path / "two", *two)
+    assert "training on 2 processes, each holds the policy" in capfd.readouterr().err
+    one, both = weights(tmp_path / "one/policy"), weights(tmp_path / "two/policy")
+    for name, wanted in one.items():
+        assert (both[name] - wanted).norm() <= 1e-5 * wanted.norm()
+    assert not (tmp_path / "two" / "processes.unfinished").exists()
+    # an error of the ranks is ours, by its name and exit code
+    monkeypatch.setenv("SELFPLAY_FAULT", "train.loss@2=nan")
+    assert main([str(a) for a in (*arguments, tmp_path / "bad", *two)]) == 76
+    assert "error: the loss of pairs with prompts" in capfd.readouterr().err
