@@ -53,12 +53,12 @@ def test_what_the_trainer_does_not_do_is_refused(what: str, tmp_path: Path) -> N
         read_devices(str(path))
 
 
-def test_several_machines_need_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_machines_need_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     with pytest.raises(RecipeError, match="SLURM"):
-        read_devices("fsdp2_nodes").command("m", [])
+        read_devices("fsdp2_nodes").command("m", [], failed=tmp_path / "failed")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    assert read_devices("fsdp2_nodes").command("m", [])[:3] == ["srun", "--nodes", "2"]
+    assert read_devices("fsdp2_nodes").command("m", [], failed=tmp_path / "failed")[:3] == ["srun", "--nodes", "2"]
 
 
 def test_a_dry_run_says_what_each_process_holds(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
