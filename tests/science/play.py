@@ -29,10 +29,10 @@ FITS: dict[str, Callable[[Lab, Item, Path, Values, Path], Path]] = {
 
 
 def play(lab: Lab, item: Item) -> None:
-    """Nothing where the item is done; else what is left of it."""
-    if lab.done(item) is not None:
-        return
+    """What is left of an item; of one that is done, weights that a kill left behind."""
     started, place, arm = time.monotonic(), lab.folder(item), lab.arm(item)
+    if lab.done(item) is not None:
+        return remove_weights(place)
     start = STARTS[arm.get("start", lab.plan.get("start", "base"))](lab)
     rates = rates_of(lab, item)
     policies, tried = {}, {}

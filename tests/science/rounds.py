@@ -1,5 +1,6 @@
 """Experiment C: the temperature of its control, and its tables."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def table(lab: Lab) -> str:
         shown = [f["heldout_score"], own, f["heldout_greedy"], f["mean_length"], f["entropy"], f["kl"], *ifeval]
         rows.append([item.arm, item.point, item.seed, how, *shown])
     head = "arm|point|seed|rate or setting|score|gain|greedy|length|entropy|KL|IFEval|greedy"
-    return "\n\n".join([markdown(head.split("|"), rows), matched(lab, panels), first_points(lab, panels)])
+    return "\n\n".join([markdown(head.split("|"), rows), matched(lab, panels), first_points(lab)])
 
 
 def curve(lab: Lab, panels: Panels, arm: str, seed: int) -> list[tuple[float, Scores]] | None:
@@ -90,26 +91,25 @@ def matched(lab: Lab, panels: Panels) -> str:
     return markdown(["comparison", "seeds", "at KL", "difference", "verdict"], rows)
 
 
-def first_points(lab: Lab, panels: Panels) -> str:
+def first_points(lab: Lab) -> str:
     """Differences of the first points, greedy completions and IFEval beside the score."""
     rows: list[list[Any]] = []
-    pairs = [*lab.plan["compare"], *(["base", arm] for arm, about in lab.plan["arms"].items() if "points" in about)]
-    for one, other in [*pairs, *lab.plan["compare_at_kl"]]:
-        both = [[Item(arm, s, lab.first_point(arm)) for arm in (one, other)] for s in lab.plan["seeds"]]
-        whole = [pair for pair in both if all(item in panels for item in pair)]
-        scores, greedy = ([[part(panels[p[n]]) for p in whole] for n in range(2)] for part in (score_of, greedy_of))
-        far = [[read_panel(lab.folder(item) / "ifeval") for item in pair] for pair in whole]
-        far = [pair for pair in far if None not in pair]
-        transfer = gain(*([p[n].scores for p in far if p[n]] for n in range(2)))
-        found = gain(*scores)
-        said = found.verdict if found else "not run"
-        rows.append([f"{other} - {one}", len(whole), found, gain(*greedy), transfer, said])
+    trained = [arm for arm, about in lab.plan["arms"].items() if "points" in about]
+    for one, other in [*(["base", arm] for arm in trained), *lab.plan["compare"], *lab.plan["compare_at_kl"]]:
+        found = []
+        for panel in ("test", "ifeval"):
+            both = [(shown(lab, one, seed, panel), shown(lab, other, seed, panel)) for seed in lab.plan["seeds"]]
+            whole = [(a, b) for a, b in both if a is not None and b is not None]
+            found.append((len(whole), gain([a.scores for a, _ in whole], [b.scores for _, b in whole])))
+            if panel == "test":
+                greedy = gain([a.greedy for a, _ in whole], [b.greedy for _, b in whole])
+        (seeds, score), (_, far) = found
+        rows.append([f"{other} - {one}", seeds, score, greedy, far, score.verdict if score else "not run"])
     return markdown(["at the first points", "seeds", "difference", "greedy", "IFEval", "verdict"], rows)
 
 
-def score_of(panel: Panel) -> Scores:
-    return panel.scores
-
-
-def greedy_of(panel: Panel) -> Scores:
-    return panel.greedy
+def shown(lab: Lab, arm: str, seed: int, panel: str) -> Panel | None:
+    """A panel of an arm at its first point. The control `greedy` is the greedy completions of base."""
+    item = Item("base" if arm == "greedy" else arm, seed, lab.first_point("base" if arm == "greedy" else arm))
+    found = read_panel(lab.folder(item) / panel) if lab.done(item) else None
+    return replace(found, scores=found.greedy) if found is not None and arm == "greedy" else found
