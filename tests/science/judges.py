@@ -131,22 +131,27 @@ def table(lab: Lab) -> str:
 def doses(lab: Lab, panels: dict[Item, Panel | None], accuracy: dict[str, Any]) -> str:
     rows: list[list[Any]] = []
     for arm, start in lab.plan["gains"].items():
-        # the rules' gain is what the others are measured by, so a seed needs all four
-        names = ("base", "rules", start, arm)
-        four = [[panels.get(Item(name, seed, "only")) for name in names] for seed in lab.plan["seeds"]]
-        whole = [[p for p in row if p is not None] for row in four if None not in row]
-        base, rules, before, after = ([row[n].scores for row in whole] for n in range(4))
+        own, all_four = (whole(lab, panels, *names) for names in ((start, arm), ("base", "rules", start, arm)))
         judged = accuracy.get(arm)
         a = judged["accuracy"] if judged else None
-        had = gain(before, after)
-        greedy = gain([row[2].greedy for row in whole], [row[3].greedy for row in whole])
-        beyond = dose_residual(base, rules, before, after, a) if a is not None else None
+        had = gain(*([panel.scores for panel in part] for part in own))
+        greedy = gain(*([panel.greedy for panel in part] for part in own))
+        # the rules' gain is what the others are measured by, so their seeds count that have both
+        doses = ([panel.scores for panel in part] for part in all_four)
+        beyond = dose_residual(*doses, accuracy=a) if a is not None else None
         low, high = judged["accuracy_interval"] if judged else (None, None)
         shown = None if a is None else f"{a:.3f} [{low:.3f}, {high:.3f}]"
         said = "not run" if had is None else verdict(lab.plan, arm, had, beyond)
-        rows.append([arm, shown, len(whole), had, greedy, beyond, said])
+        rows.append([arm, shown, len(own[0]), had, greedy, beyond, said])
     head = "judge|accuracy a|seeds|gain|greedy gain|gain beyond (2a - 1) x that of the rules|verdict"
     return markdown(head.split("|"), rows)
+
+
+def whole(lab: Lab, panels: dict[Item, Panel | None], *arms: str) -> list[list[Panel]]:
+    """The panels of each arm, of the seeds with which all of them were played."""
+    rows = [[panels.get(Item(arm, seed, "only")) for arm in arms] for seed in lab.plan["seeds"]]
+    found = [[panel for panel in row if panel is not None] for row in rows if None not in row]
+    return [[row[n] for row in found] for n in range(len(arms))]
 
 
 def verdict(plan: dict[str, Any], arm: str, had: Gain, beyond: Gain | None) -> str:

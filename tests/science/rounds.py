@@ -58,7 +58,7 @@ def table(lab: Lab) -> str:
     for item in lab.items():
         done, panel, base = lab.done(item), panels.get(item), panels.get(Item("base", item.seed, "only"))
         if done is None or panel is None:
-            rows.append([item.arm, item.point, item.seed, "not run", *[None] * 7])
+            rows.append([item.arm, item.point, item.seed, "not run", *[None] * 8])
             continue
         f, transfer = panel.figures, read_panel(lab.folder(item) / "ifeval")
         own = gain([base.scores], [panel.scores]) if base and item.arm != "base" else None

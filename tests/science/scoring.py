@@ -13,21 +13,23 @@ from selfplay.train.kl import DEFAULT_PACK_TOKENS
 from selfplay.train.logps import TokenLogps
 from selfplay.train.model import can_share_prompts, default_device, load_model
 from selfplay.train.optim import cast_parameters
-from selfplay.train.reference_pass import score_rows
+from selfplay.train.pack import build_packs
 from selfplay.types import Demonstration, Group
 
 
+@torch.no_grad()
 def logps_of(model: Path, rows: Sequence[Demonstration]) -> list[float]:
     """The summed logps (nats) of each row's completion."""
     device = default_device()
     loaded = load_model(str(model)).to(device)
     shared, _ = can_share_prompts(loaded, device)
     cast_parameters(loaded, torch.bfloat16 if computes_bf16() else torch.float32)
-    steps = [range(len(rows))]
-    sums_CB = score_rows(
-        TokenLogps(loaded), rows, steps, max_pack_tokens=DEFAULT_PACK_TOKENS, shared=shared, device=device
-    )
-    found: list[float] = sums_CB[0].tolist()
+    module, found = TokenLogps(loaded), [0.0] * len(rows)
+    for pack in build_packs(rows, range(len(rows)), max_pack_tokens=DEFAULT_PACK_TOKENS, shared=shared):
+        pack = pack.to(device)
+        sums_B = pack.sum_per_sequence(module(pack))[pack.chosen_B].tolist()
+        for place, total in zip(pack.pair_B, sums_B, strict=True):
+            found[place] = total
     return found
 
 

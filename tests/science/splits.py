@@ -8,7 +8,7 @@ from typing import Any
 
 from selfplay import store
 from selfplay.errors import DataError
-from selfplay.prompts import read_rows
+from selfplay.prompt_rows import read_rows
 
 Row = dict[str, Any]
 

@@ -195,7 +195,10 @@ def test_the_coin_is_played_to_the_table_and_is_not_played_again(tiny: Path, tmp
     assert found["shortest"]["accuracy"] == 0.0
     for arm in ("base", "coin"):
         player.play(lab, Item(arm, 0, "only"))
-    assert "| coin | 0 |" in judges.table(lab)
+    table = judges.table(lab)
+    assert "| coin | 0 |" in table
+    assert "| coin | 0.500 [0.352, 0.648] | 1 | +0.000" in table
+    assert len({line.count("|") for line in table.split("\n\n")[0].splitlines()}) == 1
     written = {path: path.stat().st_mtime_ns for path in lab.out.rglob("*")}
     player.play(lab, Item("coin", 0, "only"))
     assert {path: path.stat().st_mtime_ns for path in lab.out.rglob("*")} == written
@@ -227,6 +230,7 @@ def test_rounds_and_offline_are_played_to_the_tables_at_a_matched_kl(tiny: Path,
     assert 0.2 <= done["panel"]["evaluate.temperature"] <= 1.2
     assert len(list((lab.out / "offline-pairs").iterdir())) == 1
     table = rounds.table(lab)
+    assert len({line.count("|") for line in table.split("\n\n")[0].splitlines()}) == 1
     line = next(line for line in table.splitlines() if line.startswith("| prior - offline | 1 |"))
     assert "not run" not in line
 
