@@ -53,7 +53,7 @@ endif
 # --- targets ----------------------------------------------------------------------------------------------------
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-vllm check format lint types mini-data bench clean
+.PHONY: help quickstart test test-vllm check format lint types mini-data bench science clean
 # Two installs into one .venv at a time would corrupt it.
 .NOTPARALLEL:
 
@@ -98,6 +98,11 @@ mini-data: $(VENV)/.engine-$(ENGINE) ## fetch the real rows of the mini recipes 
 # Several measurements, up to half an hour: nothing else should run. BENCH="train-pair memory" runs some.
 bench: $(VENV)/.engine-$(ENGINE) $(VENV)/.test $(MODEL)/config.json ## time training against its peers
 	HF_HUB_OFFLINE=1 $(BIN)/python tests/benchmarks/bench.py $(BENCH)
+
+# About 11 hours of one core in all, in pieces: what is finished is not played again. SCIENCE="B --arm coin --seed 0" plays
+# one arm; SCIENCE="A --instructions FILE --embeddings FOLDER" names what A needs. See tests/science/README.md.
+science: $(VENV)/.engine-$(ENGINE) $(VENV)/.test $(MODEL)/config.json ## play the experiments of tests/science/; again: goes on
+	HF_HUB_OFFLINE=1 $(BIN)/python tests/science/run.py $(SCIENCE)
 
 clean: ## remove .venv and caches; models/, data/ and runs/ stay
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis dist
