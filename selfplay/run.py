@@ -25,7 +25,7 @@ from selfplay.recipe_file import check_recipe, differences, dump_recipe, parse_y
 from selfplay.recipe_filters import PythonFilterRecipe
 from selfplay.recipe_judges import API_CONDUCT, JUDGE_PLACES
 from selfplay.recipe_reward import REWARD_CONDUCT
-from selfplay.train.devices import Devices
+from selfplay.train.devices import Devices, require_possible
 from selfplay.train.four_bit import playable
 from selfplay.train.settings import require_bitsandbytes
 from selfplay.trust import require_trust
@@ -137,6 +137,7 @@ def start_run(
     if judge is None and selector is None:
         recipe.check_judged()
     require_bitsandbytes(recipe.train)
+    require_possible(recipe.train, devices)
     if selector is None:
         recipe.check_win_rates()
     recipe = _same_recipe(recipe, folder)
