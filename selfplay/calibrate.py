@@ -5,10 +5,11 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from selfplay.errors import RecipeError
 from selfplay.labelled import calibration, labelled_group
 from selfplay.preferences import read_labelled
 from selfplay.progress import Reporter
-from selfplay.recipe import Recipe
+from selfplay.recipe import Recipe, SourceView
 from selfplay.single import judge_here, text_digest
 
 
@@ -18,6 +19,7 @@ def calibrate(
     out: Path | None,
     *,
     model: str | None,
+    source: str | None = None,
     limit: int | None,
     name: str | None,
     split: str,
@@ -27,8 +29,9 @@ def calibrate(
     """The figures of the recipe's judge on preference rows, the first `limit` of them; see `calibration`.
 
     `out` keeps the judgements, and a stopped calibration goes on from them; None keeps nothing. `model` is the policy, for a
-    judge that is the policy itself.
+    judge that is the policy itself; `source` says whose judge, where the recipe has several sources.
     """
+    recipe = _view(recipe, source)
     columns = recipe.prompts
     found, drops = read_labelled(
         pairs,
@@ -46,7 +49,7 @@ def calibrate(
     with kept as folder:
         judgements = judge_here(
             recipe,
-            groups,
+            {"": groups},
             Path(folder),
             {"stage": "calibrate", "pairs": digest},
             model=model,
@@ -56,3 +59,12 @@ def calibrate(
             trusted=True,
         )
     return {"num_dropped": len(drops)} | calibration(found, judgements)
+
+
+def _view(recipe: Recipe, source: str | None) -> SourceView:
+    """The recipe as that source has it. RecipeError where it isn't clear which one is meant."""
+    views, named = recipe.by_source, recipe.sources is not None
+    if (source or "") in views:
+        return views[source or ""]
+    there = f"the recipe's sources are {', '.join(views)}" if named else "the recipe has no sources"
+    raise RecipeError(f"--source {source}: {there}" if source else f"{there}: say whose judge with --source")

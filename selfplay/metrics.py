@@ -1,7 +1,8 @@
 """Figures of a run, read from its finished files."""
 
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from selfplay.errors import DataError
 from selfplay.evaluate import paired_gain, pooled_gain
 from selfplay.recipe_file import parse_yaml
 from selfplay.stages import SHARD_PROMPTS, panel_judgements, shards, usage_of
+from selfplay.types import Prompt
 
 PANEL_KEYS = (
     "heldout_score",
@@ -28,9 +30,9 @@ PANEL_KEYS = (
 
 def status(run: Path) -> dict[str, Any]:
     """`prompts`, the rows that were read, kept and dropped by reason; `initial` and a list `rounds` with figures, counts and
-    seconds; `gain` of the last finished policy over the initial one
-    with its paired 95 % interval, also greedy. DataError where `run` is
-    no run directory.
+    seconds; `gain` of the last finished policy over the initial one with its paired 95 % interval, also greedy. Of a run of
+    several sources each of these has `sources`, the figures of each by name, and scores and gains stand there alone. DataError
+    where `run` is no run directory.
     """
     if not (run / "recipe.yaml").exists():
         raise DataError(f"{run}: no run here (no recipe.yaml). Runs are made by: selfplay iterate RECIPE --out {run}")
@@ -40,24 +42,42 @@ def status(run: Path) -> dict[str, Any]:
     for folder in sorted(run.glob("round-*")):
         panel = _panel(folder)
         row: dict[str, Any] = {"round": int(folder.name.removeprefix("round-")), **_state(folder)}
-        row |= {key: panel.get(key) for key in PANEL_KEYS}
+        row |= panel_row(panel)
         if (folder / "round.json").exists():
             done = store.read_json(folder / "round.json")
             row |= {"counts": done["counts"], "train": done["train"], "seconds": _seconds(folder)}
             # rounds that were played before these figures existed have none
             row |= {"audit": done.get("audit"), "judge_usage": done.get("judge_usage")}
+            for name, figures in done.get("sources", {}).items():
+                own = row.setdefault("sources", {})
+                own[name] = own.get(name, dict.fromkeys(PANEL_KEYS)) | figures
         last = panel or last
         rounds.append(row)
     asked = usage_of(*panel_judgements(run / "initial"))
     read = run / "prompts.json"  # runs from before it was written have none
     found: dict[str, Any] = {
         "prompts": store.read_json(read) if read.exists() else None,
-        "initial": {key: initial.get(key) for key in PANEL_KEYS}
-        | {"judge_usage": asked, "seconds": _seconds(run / "initial")},
+        "initial": panel_row(initial) | {"judge_usage": asked, "seconds": _seconds(run / "initial")},
     }
     found["rounds"] = rounds
+    if "sources" in initial:
+        after = (last or {}).get("sources", {})
+        found["sources"] = {name: _gains(panel, after.get(name)) for name, panel in initial["sources"].items()}
+    return found | _gains(initial, last)
+
+
+def panel_row(panel: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures of a panel that tables show, those of its sources among them; None where there is no panel yet."""
+    row: dict[str, Any] = {key: panel.get(key) for key in PANEL_KEYS}
+    if "sources" in panel:
+        row["sources"] = {name: {key: own[key] for key in PANEL_KEYS} for name, own in panel["sources"].items()}
+    return row
+
+
+def _gains(before: Mapping[str, Any], after: Mapping[str, Any] | None) -> dict[str, Any]:
+    found: dict[str, Any] = {}
     for name, key in (("gain", "per_prompt"), ("greedy_gain", "per_prompt_greedy")):
-        gain = paired_gain(initial[key], last[key]) if initial and last else None
+        gain = paired_gain(before[key], after[key]) if before and after else None
         found |= {name: gain[0] if gain else None, f"{name}_interval": list(gain[1]) if gain else None}
     return found
 
@@ -65,16 +85,34 @@ def status(run: Path) -> dict[str, Any]:
 def compare(runs: Sequence[Path]) -> dict[str, Any]:
     """Runs of one experiment, such as its seeds, side by side: `runs` holds seed, rounds, the figures of the initial and the
     last policy and the gains of each; `gain` and `greedy_gain` are their means, with intervals over runs and prompts.
-    DataError where a run has no finished panel after training.
+    Runs of several sources have one such mapping for each, in `sources`. DataError where a run has no finished panel after
+    training.
     """
+    names = [list(status(run).get("sources", ())) for run in runs]
+    if any(names):
+        if any(one != names[0] for one in names):
+            raise DataError(
+                f"runs of other sources can't be compared: {' / '.join(', '.join(one) or 'one' for one in names)}"
+            )
+        return {"sources": {name: _compare(runs, name) for name in names[0]}}
+    return _compare(runs, None)
+
+
+def _compare(runs: Sequence[Path], source: str | None) -> dict[str, Any]:
+    """The comparison of whole runs, or of one source of each."""
+
+    def of(found: dict[str, Any]) -> dict[str, Any]:
+        return found if source is None else found["sources"][source]
+
     rows: list[dict[str, Any]] = []
     panels: dict[str, list[tuple[dict[str, float], dict[str, float]]]] = {"gain": [], "greedy_gain": []}
     for run in runs:
-        figures = status(run)
+        figures = of(status(run))
         played = [f for f in sorted(run.glob("round-*")) if (f / "eval.json").exists()]
         if not played or figures["gain"] is None:
-            raise DataError(f"{run}: no judged panel after a round of training, so there is no gain to compare")
-        before, after = _panel(run / "initial"), _panel(played[-1])
+            where = run if source is None else f"{run}, source {source}"
+            raise DataError(f"{where}: no judged panel after a round of training, so there is no gain to compare")
+        before, after = of(_panel(run / "initial")), of(_panel(played[-1]))
         panels["gain"].append((before["per_prompt"], after["per_prompt"]))
         panels["greedy_gain"].append((before["per_prompt_greedy"], after["per_prompt_greedy"]))
         recipe, _ = parse_yaml(store.read_bytes(run / "recipe.yaml").decode(), str(run / "recipe.yaml"))
@@ -108,10 +146,15 @@ def _state(folder: Path) -> dict[str, Any]:
     for state, name in marks:
         if (folder / name).exists():
             return {"state": state}
-    dealt = folder / "prompts.jsonl"
-    num_prompts = store.read_bytes(dealt).count(b"\n") if dealt.exists() else 0
-    for state, doing, name in (("judged", "judging", "judgements"), ("sampled", "sampling", "groups")):
-        num_done = min(num_prompts, len(shards(folder / name)) * SHARD_PROMPTS)
+    dealt = _dealt(folder)
+    judges = store.read_json(folder.parent / "run.json")["judge"] if dealt else None
+    judged = {name: n for name, n in dealt.items() if not isinstance(judges, dict) or judges[name] is not None}
+    for state, doing, stage, counts in (
+        ("judged", "judging", "judgements", judged),
+        ("sampled", "sampling", "groups", dealt),
+    ):
+        num_prompts = sum(counts.values())
+        num_done = sum(min(n, len(shards(folder / stage / name)) * SHARD_PROMPTS) for name, n in counts.items())
         if num_done:
             return {
                 "state": state if num_done == num_prompts else doing,
@@ -119,6 +162,14 @@ def _state(folder: Path) -> dict[str, Any]:
                 "num_prompts": num_prompts,
             }
     return {"state": "started"}
+
+
+def _dealt(folder: Path) -> dict[str, int]:
+    """How many prompts a round was dealt, by source; "" where the run has one."""
+    path = folder / "prompts.jsonl"
+    prompts = store.read_records(path, Prompt) if path.exists() else []
+    recipe, _ = parse_yaml(store.read_bytes(folder.parent / "recipe.yaml").decode(), "recipe.yaml")
+    return dict(Counter(prompt.source.partition(":")[0] if "sources" in recipe else "" for prompt in prompts))
 
 
 def write_metrics(run: Path) -> None:
@@ -133,15 +184,22 @@ def one_line(run: Path, round: int) -> str:
     name = "initial policy" if round < 0 else f"policy of round {round}"
     if not panel:
         return f"{name}: no held-out prompts, so no panel"
-    parts = [f"{name}:"]
-    if panel["heldout_score"] is not None:
-        low, high = panel["heldout_interval"]
-        parts.append(f"held-out {panel['heldout_score']:.3f} [{low:.3f}, {high:.3f}]")
-    if panel["heldout_greedy"] is not None:
-        parts.append(f"greedy {panel['heldout_greedy']:.3f}")
+    parts = [f"{name}:", *_scores(panel)]
+    for source, own in panel.get("sources", {}).items():
+        parts.append(f"{source} {' '.join(_scores(own)) or 'no score'};")
     if panel["on_topic"] is not None:
         parts.append(f"on topic {panel['on_topic']:.3f}")
     parts.append(f"length {panel['mean_length']:.0f}, truncated {panel['truncated']:.3f}")
     if panel["kl"] is not None:
         parts.append(f"KL {panel['kl']:.4f}")
     return " ".join(parts)
+
+
+def _scores(panel: Mapping[str, Any]) -> list[str]:
+    parts = []
+    if panel["heldout_score"] is not None:
+        low, high = panel["heldout_interval"]
+        parts.append(f"held-out {panel['heldout_score']:.3f} [{low:.3f}, {high:.3f}]")
+    if panel["heldout_greedy"] is not None:
+        parts.append(f"greedy {panel['heldout_greedy']:.3f}")
+    return parts

@@ -1,5 +1,6 @@
 """Plays the held-out panel of a policy: completions, greedy completions, their judgements, and then eval.json."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,18 @@ from selfplay.evaluate import panel_figures
 from selfplay.progress import Reporter
 from selfplay.protocols import Generator, Judge, JudgeContext
 from selfplay.recipe import Recipe
-from selfplay.stages import greedy, judge_groups, sample_groups, sampling_at, shards, timed
+from selfplay.stages import Judging, greedy, judge_each, read_shards, sample_groups, sampling_at, shards, timed
 from selfplay.train.kl import KLJob
 from selfplay.types import Group, Judgement, Prompt, Sampling, derive_seed
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """The held-out prompts of a source and their judge. `name` is "" where the recipe has one source."""
+
+    name: str
+    prompts: tuple[Prompt, ...]
+    judge: Judge | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,8 +29,7 @@ class Panel:
     """The same prompts and seeds for every policy. `round` is -1 for the initial policy."""
 
     recipe: Recipe
-    prompts: tuple[Prompt, ...]
-    judge: Judge | None
+    sources: tuple[HeldOut, ...]  # those that hold any prompts out
     report: Reporter
 
     def sampling(self, *, between: bool) -> Sampling:
@@ -43,65 +52,91 @@ class Panel:
 
     def sample(self, generator: Generator, folder: Path, *, round: int, between: bool) -> None:
         """The panel's completions. Nothing where they are all there."""
-        if (folder / "eval.json").exists() or not self.prompts:
+        if (folder / "eval.json").exists() or not self.sources:
             return
         with timed(folder, "panel"):
-            for name, sampling in self.draws(between=between).items():
-                self._groups(generator, folder, name, sampling, round)
+            for source in self.sources:
+                for name, sampling in self.draws(between=between).items():
+                    self._groups(source, generator, folder, name, sampling, round)
 
     def judge_all(self, generator: Generator, folder: Path, *, round: int, between: bool) -> None:
         """The scores of the panel's completions. Nothing where there is no judge, or they are all there."""
-        if (folder / "eval.json").exists() or not self.prompts or self.judge is None:
+        if (folder / "eval.json").exists() or all(source.judge is None for source in self.sources):
             return
         context = JudgeContext(round, derive_seed(self.recipe.seed, "panel judge"), generator)
+        asked = []
         with timed(folder, "panel judge"):
-            for name, sampling in self.draws(between=between).items():
-                groups = self._groups(generator, folder, name, sampling, round)
-                judgements = folder / "heldout" / f"{name}-judgements"
-                judge_groups(self.judge, groups, context, judgements, self.report, f"judging the panel, {name}")
+            for source in self.sources:
+                for name, sampling in self.draws(between=between).items():
+                    if source.judge is not None:
+                        groups = self._groups(source, generator, folder, name, sampling, round)
+                        judgements = folder / "heldout" / source.name / f"{name}-judgements"
+                        label = f"judging the panel, {_named(name, source)}"
+                        asked.append(Judging(source.judge, groups, judgements, label))
+            judge_each(asked, context, self.report)
 
-    def _groups(self, generator: Generator, folder: Path, name: str, sampling: Sampling, round: int) -> list[Group]:
-        label = f"panel of the {'initial policy' if round < 0 else f'policy of round {round}'}, {name}"
-        return sample_groups(generator, self.prompts, sampling, folder / "heldout" / name, self.report, label)
+    def _groups(
+        self, source: HeldOut, generator: Generator, folder: Path, name: str, sampling: Sampling, round: int
+    ) -> list[Group]:
+        label = f"panel of the {'initial policy' if round < 0 else f'policy of round {round}'}, {_named(name, source)}"
+        shards = folder / "heldout" / source.name / name
+        return sample_groups(generator, source.prompts, sampling, shards, self.report, label)
 
     def finish(self, folder: Path, *, initial: Path, is_initial: bool) -> dict[str, Any] | None:
         """The figures, in eval.json; None without held-out prompts. Here the engine is gone: KL loads a model."""
-        if not self.prompts:
+        if not self.sources:
             return None
         path = folder / "eval.json"
         if not path.exists():
             with timed(folder, "kl"):
-                kl = 0.0 if is_initial else self._kl(folder / "heldout" / "temperature", initial)
-            groups, judgements = self._read(folder / "heldout", "temperature")
-            greedy_groups, greedy_judgements = self._read(folder / "heldout", "greedy")
-            figures = panel_figures(
-                groups,
-                judgements,
-                greedy_groups,
-                greedy_judgements,
-                kl=kl,
-                temperature=self.recipe.evaluate.temperature,
-            )
-            store.write_json(path, figures)
+                kl = 0.0 if is_initial else self._kl(folder / "heldout", initial)
+            store.write_json(path, self._all_figures(folder / "heldout", kl))
         found: dict[str, Any] = store.read_json(path)
         return found
 
-    def _kl(self, folder: Path, initial: Path) -> float | None:
+    def _all_figures(self, heldout: Path, kl: float | None) -> dict[str, Any]:
+        """Of all held-out prompts; several sources have figures of their own beside them, and their scores there alone, since
+        judges may score on different scales. KL is of all.
+        """
+        if [source.name for source in self.sources] == [""]:
+            return self._figures(heldout, self.sources, kl, judged=True)
+        own = {source.name: self._figures(heldout, [source], None, judged=True) for source in self.sources}
+        return self._figures(heldout, self.sources, kl, judged=False) | {"sources": own}
+
+    def _figures(self, heldout: Path, sources: Sequence[HeldOut], kl: float | None, *, judged: bool) -> dict[str, Any]:
+        groups, judgements = self._read(heldout, "temperature", sources, judged=judged)
+        greedy_groups, greedy_judgements = self._read(heldout, "greedy", sources, judged=judged)
+        return panel_figures(
+            groups,
+            judgements,
+            greedy_groups,
+            greedy_judgements,
+            kl=kl,
+            temperature=self.recipe.evaluate.temperature,
+        )
+
+    def _kl(self, heldout: Path, initial: Path) -> float | None:
         # at another temperature the engine's raw logps are no expectation under the policy
         if not self.recipe.evaluate.kl or self.recipe.evaluate.temperature != 1.0:
             return None
         from selfplay.train.launch import launch
 
         train = self.recipe.train
-        paths = tuple(str(p) for p in shards(folder))
+        paths = tuple(str(p) for source in self.sources for p in shards(heldout / source.name / "temperature"))
         cap = None if train.max_pack_tokens == "auto" else train.max_pack_tokens
         result = launch(KLJob(str(initial), paths, bool(train.bf16), cap), self.report)
         kl: float | None = result["kl"]
         return kl
 
-    def _read(self, heldout: Path, name: str) -> tuple[list[Group], list[Judgement] | None]:
-        groups = [g for path in shards(heldout / name) for g in store.read_records(path, Group)]
-        if self.judge is None or not groups:
+    def _read(
+        self, heldout: Path, name: str, sources: Sequence[HeldOut], *, judged: bool
+    ) -> tuple[list[Group], list[Judgement] | None]:
+        folders = [heldout / source.name for source in sources]
+        groups = [g for folder in folders for g in read_shards(folder / name, Group)]
+        if not judged or not groups or any(source.judge is None for source in sources):
             return groups, None
-        paths = shards(heldout / f"{name}-judgements")
-        return groups, [j for path in paths for j in store.read_records(path, Judgement)]
+        return groups, [j for folder in folders for j in read_shards(folder / f"{name}-judgements", Judgement)]
+
+
+def _named(draw: str, source: HeldOut) -> str:
+    return f"{draw}, {source.name}" if source.name else draw

@@ -5,6 +5,7 @@ model, no tokenizer and no torch.
 import json
 import math
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,19 +13,17 @@ from rich.console import Console
 from rich.table import Table
 
 from selfplay.adapters import base_folder
-from selfplay.canaries import WHAT
 from selfplay.errors import DataError
-from selfplay.filters import make_mix
 from selfplay.judges.verifier import check_verifiable
 from selfplay.models import resolve_auto
-from selfplay.prompts import PromptPool, check_gold, load_pool
-from selfplay.recipe import Recipe
+from selfplay.plan_source import SourcePlan, plan_source
+from selfplay.prompts import PromptPool, check_gold
+from selfplay.recipe import Recipe, SourceView
 from selfplay.recipe_file import dump_recipe
-from selfplay.recipe_filters import MixPreviousRecipe
-from selfplay.recipe_judges import ApiJudgeRecipe, LLMJudgeRecipe
 from selfplay.recipe_train import LoraRecipe
 from selfplay.recipe_values import at_round
 from selfplay.report import print_table
+from selfplay.sources import load_pools
 from selfplay.train.four_bit import BASE
 from selfplay.train.settings import KEPT_CHECKPOINTS, STATE_BYTES, TrainSettings, settings_at
 from selfplay.trust import check_reward_models
@@ -42,14 +41,20 @@ class RoundPlan:
     index: int
     init: str
     reference: str | None  # None where no loss reads one
-    num_prompts: int
-    first_prompt: int | None  # place in dealing order; None where every round gets all prompts
+    sources: tuple[SourcePlan, ...]
     num_completions: int
     max_tokens: int
     temperature: float
-    max_pairs: int
     max_steps: int
     settings: TrainSettings
+
+    @property
+    def num_prompts(self) -> int:
+        return sum(source.num_prompts for source in self.sources)
+
+    @property
+    def max_pairs(self) -> int:
+        return sum(source.max_pairs for source in self.sources)
 
     @property
     def tokens(self) -> int:
@@ -61,7 +66,7 @@ class Plan:
     """All rounds, the panels, and the disk. Bytes are None where the model isn't on this machine."""
 
     recipe: Recipe
-    pool: PromptPool
+    pools: dict[str, PromptPool]  # by source
     rounds: tuple[RoundPlan, ...]
     panel_completions: int
     panel_tokens: int
@@ -75,24 +80,28 @@ def make_plan(recipe: Recipe, out: Path) -> Plan:
     """The plan of a run in `out`, finished rounds counted as there. Raises what starting the run would raise about the
     recipe and the data set.
     """
-    _ = recipe.prompts.needed_source
+    recipe.for_each(lambda _, view: view.prompts.needed_source)
     recipe.check_judged()
     recipe.check_win_rates()
     check_reward_models(recipe)
     recipe = _with_generator(recipe)
-    pool = load_pool(recipe.prompts, seed=recipe.seed)
-    for index in range(recipe.rounds):
-        check_gold(recipe, pool.deal(recipe.prompts, index))
-    check_verifiable(recipe, pool, judge_given=False)
-    rounds = tuple(_plan_round(recipe, pool, index) for index in range(recipe.rounds))
-    completions, tokens = _panel_work(recipe, len(pool.heldout[: recipe.evaluate.num_prompts]))
+    pools = load_pools(recipe)
+    recipe.for_each(lambda name, view: _check_pool(view, pools[name]))
+    rounds = tuple(_plan_round(recipe, pools, index) for index in range(recipe.rounds))
+    completions, tokens = _panel_work(recipe, _num_heldout(recipe, pools))
     folder = find_model(recipe.model)
     if recipe.train.reference_path is not None:
         find_model(recipe.train.reference_path)
     parameters = num_parameters(folder) if folder is not None else None
     trained = None if folder is None else num_trained(folder, recipe.train.lora)
     needed = None if trained is None else _bytes_needed(recipe, rounds, tokens, trained, out)
-    return Plan(recipe, pool, rounds, completions, tokens, parameters, trained, needed, _bytes_free(out))
+    return Plan(recipe, pools, rounds, completions, tokens, parameters, trained, needed, _bytes_free(out))
+
+
+def _check_pool(view: SourceView, pool: PromptPool) -> None:
+    for index in range(view.rounds):
+        check_gold(view, pool.deal(view.prompts, index))
+    check_verifiable(view, pool, judge_given=False)
 
 
 def _with_generator(recipe: Recipe) -> Recipe:
@@ -101,38 +110,28 @@ def _with_generator(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"generator": resolve_auto(recipe.model_copy(update={"train": known})).generator})
 
 
-def _plan_round(recipe: Recipe, pool: PromptPool, index: int) -> RoundPlan:
-    prompts, generator, train = recipe.prompts, recipe.generator, recipe.train
-    count = len(pool.deal(prompts, index))
-    disjoint = prompts.deal == "disjoint" and prompts.num_prompts is not None
+def _num_heldout(recipe: Recipe, pools: Mapping[str, PromptPool]) -> int:
+    return sum(len(pool.heldout[: recipe.evaluate.num_prompts]) for pool in pools.values())
+
+
+def _plan_round(recipe: Recipe, pools: Mapping[str, PromptPool], index: int) -> RoundPlan:
+    generator, train = recipe.generator, recipe.train
     settings = settings_at(train, index, bf16=train.bf16 is True)
-    max_pairs = _most_pairs(recipe, [len(pool.deal(prompts, r)) for r in range(index + 1)])
+    sources = tuple(plan_source(name, view, pools[name], index) for name, view in recipe.by_source.items())
+    max_pairs = sum(source.max_pairs for source in sources)
     steps = math.ceil(max_pairs / settings.batch_size) * settings.num_train_epochs
     init = f"the policy of round {index - 1}" if index else recipe.model
     return RoundPlan(
         index=index,
         init=init,
         reference=_reference(recipe, index, init),
-        num_prompts=count,
-        first_prompt=sum(at_round(prompts.num_prompts or 0, r) for r in range(index)) + 1 if disjoint else None,
+        sources=sources,
         num_completions=at_round(generator.num_completions, index),
         max_tokens=at_round(generator.max_tokens, index),
         temperature=at_round(generator.temperature, index),
-        max_pairs=max_pairs,
         max_steps=settings.max_steps if settings.max_steps > 0 else steps,
         settings=settings,
     )
-
-
-def _most_pairs(recipe: Recipe, num_prompts: list[int]) -> int:
-    """The most pairs of a round that is dealt the last of `num_prompts`, those that it mixes in among them."""
-    counts = [at_round(recipe.generator.num_completions, r) for r in range(len(num_prompts))]
-    own = [n * recipe.pairs.most_pairs(r, counts[r]) for r, n in enumerate(num_prompts)]
-    round = len(own) - 1
-    for one in recipe.pairs.filters:
-        if isinstance(one, MixPreviousRecipe):
-            return own[-1] + make_mix(one, round).most_added(own)
-    return own[-1]
 
 
 def _reference(recipe: Recipe, index: int, init: str) -> str | None:
@@ -242,12 +241,13 @@ def _bytes_free(out: Path) -> int:
 def print_plan(plan: Plan, console: Console) -> None:
     """The resolved recipe, each round, the work, the disk."""
     console.print(dump_recipe(plan.recipe), markup=False, soft_wrap=True)
-    pool = plan.pool
-    console.print(f"prompts: {len(pool.train)} for training, {len(pool.heldout)} held out (form: {pool.form})")
-    for line in pool.drop_lines:
-        console.print(f"         {line}", markup=False, soft_wrap=True)
-    if pool.drops:
-        console.print("         prompts over max_prompt_length are dropped later")
+    for name, pool in plan.pools.items():
+        whose = f"prompts of {name}" if name else "prompts"
+        console.print(f"{whose}: {len(pool.train)} for training, {len(pool.heldout)} held out (form: {pool.form})")
+        for line in pool.drop_lines:
+            console.print(f"         {line}", markup=False, soft_wrap=True)
+        if pool.drops:
+            console.print("         prompts over max_prompt_length are dropped later")
     console.print()
     for round in plan.rounds:
         for line in _round_lines(plan.recipe, round):
@@ -259,33 +259,31 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 def _round_lines(recipe: Recipe, plan: RoundPlan) -> list[str]:
     settings = plan.settings
-    data = "all" if plan.first_prompt is None else f"{plan.first_prompt} to {plan.first_prompt + plan.num_prompts - 1}"
+    sampled = (
+        f"{plan.num_completions} completions each (temperature {plan.temperature:g}, at most {plan.max_tokens} tokens)"
+    )
+    data = [f"  data       {sampled}"]
+    for source in plan.sources:
+        if not source.name:
+            data = [f"  data       prompts {source.data} in dealing order, {sampled}"]
+            data += [f"  audit      {source.audit}"] if source.audit else []
+            data.append(f"  pairs      {source.pairs}")
+        else:
+            said = f"{source.num_prompts} prompts ({source.data} in dealing order), judge {source.judge}"
+            data.append(f"  source     {source.name}: {said}, pairs {source.pairs}")
+            data += [f"  audit      {source.name}: {source.audit}"] if source.audit else []
     span = "the run" if recipe.train.schedule_scope == "run" else "the round"
     optimizer = "fresh" if recipe.train.optimizer_state == "fresh" or not plan.index else "of the round before"
     return [
         f"round {plan.index}",
         f"  init       {plan.init}",
         f"  reference  {_reference_line(plan)}",
-        f"  data       prompts {data} in dealing order, {plan.num_completions} completions each "
-        f"(temperature {plan.temperature:g}, at most {plan.max_tokens} tokens)",
-        *_canary_lines(recipe, plan),
-        f"  pairs      {' -> '.join([recipe.pairs.kind, *(one.kind for one in recipe.pairs.filters)])}",
+        *data,
         f"  schedule   learning_rate {settings.learning_rate:g}, {settings.lr_scheduler_type} over {span}, "
         f"warmup_steps {settings.warmup_steps:g}; optimizer {optimizer}",
         f"  train      {_loss_line(settings)}, batch_size {settings.batch_size}, "
         + (f"{settings.max_steps} steps" if settings.max_steps > 0 else f"{settings.num_train_epochs} epochs"),
     ]
-
-
-def _canary_lines(recipe: Recipe, plan: RoundPlan) -> list[str]:
-    """What canaries cost the judge, at most; nothing where there are none."""
-    prompts = min(recipe.num_canaries, plan.num_prompts)
-    if not prompts:
-        return []
-    several = recipe.judge.num_verdicts if isinstance(recipe.judge, LLMJudgeRecipe | ApiJudgeRecipe) else 1
-    times = f" x {several} verdicts" if several > 1 else ""
-    shown = f"{len(WHAT)} canaries for each of {prompts} prompts, {2 * len(WHAT) * prompts} completions to judge"
-    return [f"  audit      {shown}{times}, beside {plan.num_prompts * plan.num_completions}"]
 
 
 def _reference_line(plan: RoundPlan) -> str:
@@ -308,7 +306,7 @@ def _work_table(plan: Plan) -> Table:
     for r in plan.rounds:
         work = (r.num_prompts, r.num_prompts * r.num_completions, r.tokens, r.max_pairs, r.max_steps)
         table.add_row(f"round {r.index}", *(f"{count:,}" for count in work))
-    heldout = len(plan.pool.heldout[: plan.recipe.evaluate.num_prompts])
+    heldout = _num_heldout(plan.recipe, plan.pools)
     table.add_row("panels", f"{heldout:,}", f"{plan.panel_completions:,}", f"{plan.panel_tokens:,}", "", "")
     return table
 

@@ -22,8 +22,8 @@ from typing import Any, TypeVar
 
 from selfplay.chat import Chat
 from selfplay.errors import DataError
-from selfplay.prompts import ROLES, read_checks, read_gold, read_prompts, read_rows, read_tools
-from selfplay.recipe import PromptsRecipe
+from selfplay.prompt_rows import ROLES, read_checks, read_gold, read_prompts, read_rows, read_tools
+from selfplay.recipe_prompts import PromptsRecipe
 from selfplay.types import Demonstration, Drop, Message, PreferencePair, Prompt, prompt_id
 
 T = TypeVar("T")

@@ -1,102 +1,47 @@
 """A recipe: every choice of a run in one YAML file. Importing and checking one loads no torch.
 
+Prompts come from one source (`prompts`, `judge`, `pairs`), or from several, each with a judge and a pairing of its own
+(`sources`). `Recipe.by_source` has them all; where there is one, it has no name.
+
 Paths are relative to the recipe's folder. recipe_judges.py, recipe_pairs.py with recipe_filters.py, and recipe_train.py
 hold its longer sections.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    Discriminator,
+    AfterValidator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
+    PositiveFloat,
     PositiveInt,
-    Tag,
+    SerializerFunctionWrapHandler,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
 from selfplay.errors import RecipeError
-from selfplay.recipe_judges import JudgeRecipe, LLMJudgeRecipe
-from selfplay.recipe_pairs import BestVsWorstRecipe, PairsRecipe, TopKVsBottomKRecipe, WinRatesRecipe
+from selfplay.recipe_judges import CombineRecipe, JudgeRecipe, asks_policy, judges_in, within_prompts
+from selfplay.recipe_pairs import (
+    BestVsWorstRecipe,
+    CorrectVsIncorrectRecipe,
+    PairsRecipe,
+    TopKVsBottomKRecipe,
+    WinRatesRecipe,
+)
+from selfplay.recipe_prompts import PromptsRecipe
 from selfplay.recipe_train import TrainRecipe, reads
-from selfplay.recipe_values import PerRound, Section, Share, TopP, at_round, rounds_that_differ
+from selfplay.recipe_values import PerRound, Section, TopP, at_round, rounds_that_differ, split_by_weight
 
 DEFAULT_CANARIES = 4  # prompts; each is shown with four canaries
 READING_KINDS = ("llm", "api")  # judges that can be talked into a verdict
 POINTWISE_KINDS = ("verifier", "rouge_l", "similarity", "reward_model", "coin")  # their scores are no win rates
 Temperature = Annotated[float, Field(ge=0, le=2)]  # engines refuse more
-
-
-class HeldoutRecipe(Section):
-    """A split of a data set that is held out: of the training prompts' own where `source` is missing."""
-
-    source: str | None = None
-    name: str | None = None
-    split: Annotated[str, Field(min_length=1)] = "test"
-
-
-def _heldout_tag(value: object) -> str:
-    return HELDOUT_TAGS[0 if isinstance(value, str) else 1 if isinstance(value, dict | HeldoutRecipe) else 2]
-
-
-HELDOUT_TAGS = ("a file", "a data set", "a share")
-Heldout = Annotated[
-    Annotated[str, Tag(HELDOUT_TAGS[0])]
-    | Annotated[HeldoutRecipe, Tag(HELDOUT_TAGS[1])]
-    | Annotated[Share, Tag(HELDOUT_TAGS[2])],
-    Discriminator(_heldout_tag),
-]
-# what `selfplay train` and the judges read of the section, whose rows come from elsewhere
-COLUMNS = ("prompt_column", "gold_column", "checks_column", "system_prompt", "turns", "max_prompt_length")
-
-
-class PromptsRecipe(Section):
-    """Where prompts come from and how rounds get them. `source` is a .jsonl, .json, .parquet or .csv file, or an id; it is
-    missing only in recipes of a single stage over files, such as `selfplay train`.
-    """
-
-    source: str | None = None
-    name: str | None = None
-    split: str = "train"
-    prompt_column: str | None = None
-    gold_column: str | None = None
-    checks_column: str = "checks"
-    system_prompt: str | None = None
-    turns: Literal["first", "last"] = "first"
-    num_prompts: PerRound[PositiveInt] | None = None
-    deal: Literal["disjoint", "same"] = "disjoint"
-    max_prompt_length: PositiveInt = 1024
-    heldout: Heldout | None = None
-
-    @property
-    def needed_source(self) -> str:
-        """RecipeError where the recipe names none."""
-        if self.source is None:
-            raise RecipeError(
-                "prompts.source: missing; this command needs prompts. Only `selfplay train`, `judge`, `pairs` and `calibrate`, "
-                "which read files that you name, do without"
-            )
-        return self.source
-
-    @model_validator(mode="after")
-    def _dealable(self) -> "PromptsRecipe":
-        if self.source is None:
-            idle = [key for key in self.model_dump(exclude_defaults=True) if key not in COLUMNS]
-            if idle:
-                raise ValueError(f"source is missing, and without prompts {', '.join(idle)} would do nothing")
-            return self
-        if isinstance(self.heldout, HeldoutRecipe) and self.heldout.source in (None, self.source):
-            name = self.heldout.name or self.name
-            if (name, self.heldout.split) == (self.name, self.split):
-                raise ValueError(f"heldout names the split {self.split!r} that is trained on: name another one")
-        if self.deal == "disjoint" and self.num_prompts is None:
-            raise ValueError(
-                "deal: disjoint needs num_prompts (per round); or say deal: same to use all in every round"
-            )
-        return self
+SourceName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]  # a folder is named so, on every file system
 
 
 class ChatRecipe(Section):
@@ -125,9 +70,18 @@ class GeneratorRecipe(Section):
     engine_args: dict[str, Any] = {}
 
 
+def _measures_gain(judge: JudgeRecipe) -> JudgeRecipe:
+    if within_prompts(judge):
+        raise ValueError("normalize: none alone can measure a gain; other scores are relative to those beside them")
+    return judge
+
+
+PanelJudge = Annotated[JudgeRecipe, AfterValidator(_measures_gain)]
+
+
 class EvaluateRecipe(Section):
     """The held-out panel. `judge` defaults to the run's own; `num_completions_between` is for the rounds between the
-    initial and the last policy, where a narrower panel saves time.
+    initial and the last policy, where a narrower panel saves time. `num_prompts` is of each source.
     """
 
     num_prompts: PositiveInt | None = None
@@ -137,13 +91,41 @@ class EvaluateRecipe(Section):
     max_tokens: PositiveInt | None = None
     greedy: bool = True
     kl: bool = True
+    judge: PanelJudge | None = None
+
+
+class SourcePromptsRecipe(PromptsRecipe):
+    """The prompts of one source; how many a round gets follows from the source's weight."""
+
+    @model_validator(mode="after")
+    def _dealable(self) -> "SourcePromptsRecipe":
+        if self.source is None:
+            raise ValueError("source: missing; a source is of prompts")
+        if self.num_prompts is not None:
+            raise ValueError("num_prompts is given for all sources together, at the top; a source has a weight")
+        return self
+
+
+class SourceEvaluateRecipe(Section):
+    """The judge of a source's held-out prompts; it defaults to the source's own."""
+
+    judge: PanelJudge | None = None
+
+
+class SourceRecipe(Section):
+    """One of several sources. A round's `num_prompts` are split among them by `weight`."""
+
+    weight: PerRound[PositiveFloat] = 1.0
+    prompts: SourcePromptsRecipe
     judge: JudgeRecipe | None = None
+    pairs: PairsRecipe = BestVsWorstRecipe()
+    evaluate: SourceEvaluateRecipe = SourceEvaluateRecipe()
 
 
 class AuditRecipe(Section):
-    """The judge's audit of a round. `canaries` is on how many prompts the judge is also shown completions that must lose
-    (canaries.py); by default DEFAULT_CANARIES where a model judges what it reads (kinds llm and api), else 0: a rule can't be
-    talked into anything, some rules pass such texts by design, and what a program of the user costs is not known.
+    """The judge's audit of a round. `canaries` is on how many prompts (of each source) the judge is also shown completions
+    that must lose (canaries.py); by default DEFAULT_CANARIES where a model judges what it reads (kinds llm and api), else 0: a
+    rule can't be talked into anything, some rules pass such texts by design, and what a program of the user costs is not known.
     """
 
     canaries: NonNegativeInt | None = None
@@ -162,6 +144,8 @@ class Recipe(Section):
     train: TrainRecipe = TrainRecipe()
     evaluate: EvaluateRecipe = EvaluateRecipe()
     audit: AuditRecipe = AuditRecipe()
+    num_prompts: PerRound[PositiveInt] | None = None
+    sources: Annotated[dict[SourceName, SourceRecipe], Field(min_length=1)] | None = None
 
     @field_validator("model")
     @classmethod
@@ -170,15 +154,120 @@ class Recipe(Section):
             raise ValueError("a model is a folder or a hub id, not an empty text")
         return model
 
+    @model_serializer(mode="wrap")
+    def _as_written(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the sections that a recipe of its kind doesn't have."""
+        absent = ("num_prompts", "sources") if self.sources is None else ("prompts", "judge", "pairs")
+        return {key: value for key, value in dump(self).items() if key not in absent}
+
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
+        if self.sources is None and self.num_prompts is not None:
+            raise ValueError("num_prompts at the top is split among sources; here it is prompts.num_prompts")
+        if self.sources is not None:
+            self._check_sources(self.sources)
+        self.for_each(lambda _, view: view.check_source())
+        kinds = {view.pairs.kind: view.pairs.reads_scores for view in self.by_source.values()}
+        if self.audit.canaries and not any(kinds.values()):
+            raise ValueError(
+                f"audit.canaries: pairs.kind {', '.join(kinds)} has no judge that could be shown any; leave it out"
+            )
+        return self
+
+    def _check_sources(self, sources: dict[str, SourceRecipe]) -> None:
+        elsewhere: list[str] = [key for key in ("prompts", "pairs") if key in self.model_fields_set]
+        elsewhere += ["judge"] if self.judge is not None else []
+        elsewhere += ["evaluate.judge"] if self.evaluate.judge is not None else []
+        if elsewhere:
+            raise ValueError(f"{', '.join(elsewhere)}: with sources each has its own, in sources.NAME.{elsewhere[0]}")
+        if self.num_prompts is None:
+            raise ValueError(
+                "num_prompts: missing; it is the number of prompts a round, split among the sources by weight"
+            )
+        unasked = [name for name, counts in self._counts(sources).items() if not any(counts)]
+        if unasked:
+            raise ValueError(
+                f"sources.{unasked[0]}: its weight gives it none of num_prompts in any round. Raise either, or drop the source"
+            )
+
+    def _counts(self, sources: dict[str, SourceRecipe]) -> dict[str, list[int]]:
+        """How many prompts each source has in the rounds that differ; the last repeats."""
+        total, weights = self.num_prompts or 0, [source.weight for source in sources.values()]
+        rounds = range(rounds_that_differ(total, *weights))
+        split = [split_by_weight(at_round(total, r), [at_round(weight, r) for weight in weights]) for r in rounds]
+        return {name: [parts[n] for parts in split] for n, name in enumerate(sources)}
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether rounds can be played; a recipe without prompts is for stages over files."""
+        return self.sources is not None or self.prompts.source is not None
+
+    @property
+    def by_source(self) -> dict[str, "SourceView"]:
+        """The recipe as each source has it, by name; "" is the one source of a recipe without `sources`."""
+        fields = dict(self)
+        if self.sources is None:
+            return {"": SourceView.model_construct(**fields)}
+        views = {}
+        counts = self._counts(self.sources)
+        for name, source in self.sources.items():
+            dealt = counts[name] if len(counts[name]) > 1 else counts[name][0]
+            own = {
+                "prompts": source.prompts.model_copy(update={"num_prompts": dealt}),
+                "judge": source.judge,
+                "pairs": source.pairs,
+                "evaluate": self.evaluate.model_copy(update={"judge": source.evaluate.judge}),
+            }
+            views[name] = SourceView.model_construct(**fields | own | {"num_prompts": None, "sources": None})
+        return views
+
+    def for_each(self, check: "Callable[[str, SourceView], object]") -> None:
+        """Calls `check` with the name of each source and the recipe as it has it; errors then say which source they are of."""
+        for name, view in self.by_source.items():
+            try:
+                check(name, view)
+            except (ValueError, RecipeError) as error:
+                raise type(error)(f"sources.{name}: {error}" if name else str(error)) from None
+
+    def check_win_rates(self) -> None:
+        """RecipeError where a loss reads win rates that a source's selector would not give. A selector passed to `iterate` as
+        an object may give them, so this is no part of reading a recipe.
+        """
+        self.for_each(lambda _, view: view.check_win_rates_given())
+
+    def check_judged(self) -> None:
+        """RecipeError where a source's pairs need scores that nobody would give. A judge passed to `iterate` as an object
+        counts, so this is no part of reading a recipe.
+        """
+        self.for_each(lambda _, view: view.check_judge_given())
+
+    @property
+    def num_canaries(self) -> int:
+        """On how many prompts of a round, of all sources together, canaries are judged by the recipe's own judges."""
+        if self.sources is not None:
+            return sum(view.num_canaries for view in self.by_source.values())
+        if self.judge is None:
+            return 0
+        default = DEFAULT_CANARIES if any(one.kind in READING_KINDS for one in judges_in(self.judge)) else 0
+        return default if self.audit.canaries is None else self.audit.canaries
+
+    @property
+    def heldout_judge(self) -> JudgeRecipe | None:
+        """The panel's judge: evaluate.judge, else the run's own. None where that is the policy itself, a ruler that every
+        round changes, or normalizes within a prompt: neither measures a gain.
+        """
+        own = None if asks_policy(self.judge) or within_prompts(self.judge) else self.judge
+        return self.evaluate.judge or own
+
+
+class SourceView(Recipe):
+    """A recipe as one of its sources has it: with that source's prompts, judge, pairs and panel judge."""
+
+    def check_source(self) -> None:
+        """ValueError where judge, pairs, completions and training don't fit each other."""
         pairs = self.pairs
         if not pairs.reads_scores and self.judge is not None:
             raise ValueError(f"pairs.kind {pairs.kind} reads no scores: remove the judge (evaluate.judge is fine)")
-        if not pairs.reads_scores and self.audit.canaries:
-            raise ValueError(
-                f"audit.canaries: pairs.kind {pairs.kind} has no judge that could be shown any; leave it out"
-            )
         counts, k = self.generator.num_completions, pairs.k if isinstance(pairs, TopKVsBottomKRecipe) else 0
         for round in range(rounds_that_differ(counts, k)):
             count, least = at_round(counts, round), pairs.min_completions
@@ -191,47 +280,43 @@ class Recipe(Section):
                     f"pairs.k is {at_round(k, round)}, but {count} completions have no top and bottom of that size: lower k, "
                     "raise generator.num_completions, or take all_above_margin"
                 )
-        kind = self.judge.kind if self.judge is not None else None
-        if isinstance(pairs, WinRatesRecipe) and pairs.win_rate_from == "scores" and kind in POINTWISE_KINDS:
-            raise ValueError(f"pairs.win_rate_from is scores, but those of a {kind} judge are no win rates: say order")
+        self._check_scale()
         if self.train.reference_logps == "engine" and self.generator.kind == "scripted":
             raise ValueError("train.reference_logps is engine, but the scripted generator gives no logps")
-        return self
 
-    def check_win_rates(self) -> None:
-        """RecipeError where a loss reads win rates that no selector would give. A selector passed to `iterate` as an object
-        may give them, so this is no part of reading a recipe.
-        """
+    def _check_scale(self) -> None:
+        judge, pairs = self.judge, self.pairs
+        if isinstance(pairs, CorrectVsIncorrectRecipe) and within_prompts(judge):
+            raise ValueError("pairs.correct_score is a score, but normalize leaves none as it was: say normalize: none")
+        if not isinstance(pairs, WinRatesRecipe) or pairs.win_rate_from != "scores":
+            return
+        combined = isinstance(judge, CombineRecipe)
+        if isinstance(judge, CombineRecipe) and judge.normalize == "z_score":
+            raise ValueError(
+                "pairs.win_rate_from is scores, but z_scores are no win rates: say normalize: rank, or order"
+            )
+        kinds = [] if within_prompts(judge) else [one.kind for one in judges_in(judge)]
+        for kind in kinds:
+            if kind in POINTWISE_KINDS:
+                also = ", or normalize: rank" if combined else ""
+                raise ValueError(
+                    f"pairs.win_rate_from is scores, but those of a {kind} judge are no win rates: say order{also}"
+                )
+
+    def check_win_rates_given(self) -> None:
+        """`check_win_rates` of this source."""
         if "win_rates" in reads(self.train.losses) and not isinstance(self.pairs, WinRatesRecipe):
             raise RecipeError(
                 f"train.loss_type: sppo reads win rates, which pairs.kind {self.pairs.kind} doesn't give. Say pairs.kind: "
                 "win_rates, or loss_type: sppo_hard"
             )
 
-    def check_judged(self) -> None:
-        """RecipeError where pairs need scores that nobody would give. A judge passed to `iterate` as an object counts,
-        so this is no part of reading a recipe.
-        """
+    def check_judge_given(self) -> None:
+        """`check_judged` of this source."""
         if self.pairs.reads_scores and self.judge is None:
             raise RecipeError(
                 f"judge: missing; pairs.kind {self.pairs.kind} reads scores. Add a judge, or use gold_vs_completion"
             )
-
-    @property
-    def num_canaries(self) -> int:
-        """On how many prompts of a round canaries are judged by the recipe's own judge."""
-        if self.judge is None:
-            return 0
-        default = DEFAULT_CANARIES if self.judge.kind in READING_KINDS else 0
-        return default if self.audit.canaries is None else self.audit.canaries
-
-    @property
-    def heldout_judge(self) -> JudgeRecipe | None:
-        """The panel's judge: evaluate.judge, else the run's own. None where that is the policy itself: a ruler that every
-        round changes measures no gain.
-        """
-        own = None if isinstance(self.judge, LLMJudgeRecipe) and self.judge.model == "policy" else self.judge
-        return self.evaluate.judge or own
 
 
 def resolve_path(text: str, folder: Path) -> str:

@@ -10,10 +10,19 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from selfplay.errors import RecipeError
-from selfplay.recipe import HELDOUT_TAGS, HeldoutRecipe, Recipe, resolve_path
+from selfplay.recipe import Recipe, SourceRecipe, resolve_path
 from selfplay.recipe_filters import FilterRecipe, PythonFilterRecipe
-from selfplay.recipe_judges import ApiJudgeRecipe, JudgeRecipe, LLMJudgeRecipe, PythonJudgeRecipe, SimilarityRecipe
+from selfplay.recipe_judges import (
+    ApiJudgeRecipe,
+    CombineRecipe,
+    JudgeRecipe,
+    LLMJudgeRecipe,
+    MemberRecipe,
+    PythonJudgeRecipe,
+    SimilarityRecipe,
+)
 from selfplay.recipe_pairs import PairsRecipe
+from selfplay.recipe_prompts import HELDOUT_TAGS, HeldoutRecipe, PromptsRecipe
 from selfplay.recipe_reward import RewardModelRecipe
 from selfplay.recipe_train import REFERENCE_KINDS
 
@@ -153,12 +162,13 @@ def _describe(fault: Any, data: dict[str, Any], where: str, spots: dict[tuple[st
 
 def _without_kinds(location: list[str]) -> list[str]:
     """A discriminated union puts the kind into the location: judge.verifier.checks, pairs.filters.0.mix_previous.window; any
-    other union its member: window.literal['all'].
+    other union its member: window.literal['all']; a mapping's key itself [key]; one of several judges the field judge.
     """
     kept: list[str] = []
     for part in location:
         under = kept[-2] if kept and kept[-1].isdigit() else "".join(kept[-1:])
-        if part not in _KINDS.get(under, ()) and not part.startswith(("tagged-union[", "literal[")):
+        unwritten = (part == "judge" and under == "judges") or part == "[key]"
+        if part not in _KINDS.get(under, ()) and not part.startswith(("tagged-union[", "literal[")) and not unwritten:
             kept.append(part)
     return kept
 
@@ -177,7 +187,8 @@ def _keys_at(location: list[str], data: dict[str, Any]) -> list[str]:
             value = value[int(part)]
         else:
             value = value.get(part, {}) if isinstance(value, dict) else {}
-            models = _models_in(model.model_fields[part].annotation)
+            # a name that the user gave, such as a source's, is no field
+            models = _models_in(model.model_fields[part].annotation) if part in model.model_fields else models
         kind = value.get("kind") if isinstance(value, dict) else None
         model = next(
             (m for m in models if "kind" in m.model_fields and kind in get_args(m.model_fields["kind"].annotation)),
@@ -187,32 +198,24 @@ def _keys_at(location: list[str], data: dict[str, Any]) -> list[str]:
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if annotation is MemberRecipe:  # whose judge's keys stand in its place
+        annotation = MemberRecipe.model_fields["judge"].annotation
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for part in get_args(annotation) for model in _models_in(part)]
 
 
-_KINDS = {"judge": _kinds(JudgeRecipe), "pairs": _kinds(PairsRecipe), "filters": _kinds(FilterRecipe)}
+_KINDS = {kind: _kinds(JudgeRecipe) for kind in ("judge", "judges")}
+_KINDS |= {"pairs": _kinds(PairsRecipe), "filters": _kinds(FilterRecipe)}
 
 
 def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
-    prompts: dict[str, Any] = {}
-    if recipe.prompts.source is not None:
-        prompts["source"] = resolve_path(recipe.prompts.source, folder)
-    held = recipe.prompts.heldout
-    if isinstance(held, str):
-        prompts["heldout"] = resolve_path(held, folder)
-    elif isinstance(held, HeldoutRecipe) and held.source is not None:
-        prompts["heldout"] = held.model_copy(update={"source": resolve_path(held.source, folder)})
-    update: dict[str, Any] = {
-        "model": resolve_path(recipe.model, folder),
-        "prompts": recipe.prompts.model_copy(update=prompts),
-        "judge": _absolute_judge(recipe.judge, folder),
-        "pairs": recipe.pairs.model_copy(
-            update={"filters": [_absolute_filter(f, folder) for f in recipe.pairs.filters]}
-        ),
-        "evaluate": recipe.evaluate.model_copy(update={"judge": _absolute_judge(recipe.evaluate.judge, folder)}),
-    }
+    update: dict[str, Any] = {"model": resolve_path(recipe.model, folder), **_absolute_sections(recipe, folder)}
+    if recipe.sources is not None:
+        update["sources"] = {
+            name: source.model_copy(update=_absolute_sections(source, folder))
+            for name, source in recipe.sources.items()
+        }
     if recipe.train.reference_path is not None:
         path = _reference_path(recipe.train.reference_path, folder)
         update["train"] = recipe.train.model_copy(update={"reference": path})
@@ -220,6 +223,29 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
     if template is not None and names_template_file(template):
         update["chat"] = recipe.chat.model_copy(update={"chat_template": str((folder / template).resolve())})
     return recipe.model_copy(update=update)
+
+
+def _absolute_sections(of: Recipe | SourceRecipe, folder: Path) -> dict[str, Any]:
+    """The sections that a recipe of one source and a source have alike."""
+    filters = [_absolute_filter(one, folder) for one in of.pairs.filters]
+    return {
+        "prompts": _absolute_prompts(of.prompts, folder),
+        "judge": _absolute_judge(of.judge, folder),
+        "pairs": of.pairs.model_copy(update={"filters": filters}),
+        "evaluate": of.evaluate.model_copy(update={"judge": _absolute_judge(of.evaluate.judge, folder)}),
+    }
+
+
+def _absolute_prompts(prompts: PromptsRecipe, folder: Path) -> PromptsRecipe:
+    update: dict[str, Any] = {}
+    if prompts.source is not None:
+        update["source"] = resolve_path(prompts.source, folder)
+    held = prompts.heldout
+    if isinstance(held, str):
+        update["heldout"] = resolve_path(held, folder)
+    elif isinstance(held, HeldoutRecipe) and held.source is not None:
+        update["heldout"] = held.model_copy(update={"source": resolve_path(held.source, folder)})
+    return prompts.model_copy(update=update)
 
 
 def names_template_file(chat_template: str) -> bool:
@@ -237,6 +263,9 @@ def _reference_path(text: str, folder: Path) -> str:
 
 
 def _absolute_judge(judge: Any, folder: Path) -> Any:
+    if isinstance(judge, CombineRecipe):
+        members = [m.model_copy(update={"judge": _absolute_judge(m.judge, folder)}) for m in judge.judges]
+        return judge.model_copy(update={"judges": members})
     if isinstance(judge, PythonJudgeRecipe):
         return judge.model_copy(update={"target": _absolute_target(judge.target, folder)})
     if isinstance(judge, LLMJudgeRecipe):
@@ -284,6 +313,8 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
 
 
 def _flat(value: Any, at: str = "") -> dict[str, Any]:
+    if at.rpartition(".")[2] == "judges":  # several judges change key by key; any other list changes as a whole
+        value = {str(n): judge for n, judge in enumerate(value)}
     if not isinstance(value, dict) or not value:
         return {at: value}
     return {k: v for key, part in value.items() for k, v in _flat(part, f"{at}.{key}" if at else key).items()}

@@ -11,6 +11,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    model_serializer,
     model_validator,
 )
 
@@ -199,7 +200,7 @@ class CoinRecipe(Section):
     kind: Literal["coin"]
 
 
-JudgeRecipe = Annotated[
+OneJudge = (
     VerifierRecipe
     | LLMJudgeRecipe
     | ApiJudgeRecipe
@@ -207,6 +208,66 @@ JudgeRecipe = Annotated[
     | PythonJudgeRecipe
     | RougeLRecipe
     | SimilarityRecipe
-    | CoinRecipe,
-    Field(discriminator="kind"),
-]
+    | CoinRecipe
+)
+
+
+class MemberRecipe(Section):
+    """One of several judges. In a recipe the judge's own keys stand beside `weight`."""
+
+    judge: Annotated[OneJudge, Field(discriminator="kind")]
+    weight: PositiveFloat = 1.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _flat(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        judge = {key: value for key, value in data.items() if key != "weight"}
+        return {"judge": judge} | ({"weight": data["weight"]} if "weight" in data else {})
+
+    @model_serializer
+    def _as_written(self) -> dict[str, Any]:
+        return self.judge.model_dump(mode="json") | {"weight": self.weight}
+
+
+class CombineRecipe(Section):
+    """Several judges of the same completions. `how` makes one score of theirs: their mean by `weight`, or the smallest.
+    `normalize` is done to each judge's scores before, within the completions of a prompt: none; z_score (mean 0, standard
+    deviation 1); rank (the share of the other completions that it beats, a tie half). Scores of different scales need one of
+    the two, so a recipe always says.
+    """
+
+    kind: Literal["combine"]
+    how: Literal["weighted_mean", "min"]
+    normalize: Literal["none", "z_score", "rank"]
+    judges: Annotated[list[MemberRecipe], Field(min_length=2)]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "CombineRecipe":
+        if self.how == "min" and any(member.weight != 1 for member in self.judges):
+            raise ValueError("how: min reads no weight: remove it, or say how: weighted_mean")
+        members = [member.judge for member in self.judges]
+        if any(member in members[:n] for n, member in enumerate(members)):
+            raise ValueError("judges: the same judge is there twice; give it a larger weight")
+        return self
+
+
+JudgeRecipe = Annotated[OneJudge | CombineRecipe, Field(discriminator="kind")]
+
+
+def judges_in(judge: JudgeRecipe | None) -> list[OneJudge]:
+    """The judge, or the members of a combination; none where there is no judge."""
+    if judge is None:
+        return []
+    return [member.judge for member in judge.judges] if isinstance(judge, CombineRecipe) else [judge]
+
+
+def asks_policy(judge: JudgeRecipe | None) -> bool:
+    """Whether the policy itself judges, alone or among others."""
+    return any(isinstance(one, LLMJudgeRecipe) and one.model == "policy" for one in judges_in(judge))
+
+
+def within_prompts(judge: JudgeRecipe | None) -> bool:
+    """Whether scores say only which completion of a prompt is better, and nothing from one prompt or policy to another."""
+    return isinstance(judge, CombineRecipe) and judge.normalize != "none"

@@ -2,6 +2,9 @@
 whose last value repeats.
 """
 
+import math
+from collections.abc import Sequence
+from fractions import Fraction
 from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
@@ -28,6 +31,19 @@ def optional_at_round(value: T | list[T] | None, round: int) -> T | None:
 def rounds_that_differ(*values: object) -> int:
     """How many rounds it takes until none of these PerRound values changes any more."""
     return max(len(value) if isinstance(value, list) else 1 for value in values)
+
+
+def split_by_weight(count: int, weights: Sequence[float]) -> list[int]:
+    """`count` in whole parts that are as the weights, by largest remainder; of equal remainders the first gets one more. The
+    parts add up to `count`. Weights are read as the decimal numbers that they were written as, so 0.1 is a tenth.
+    """
+    exact = [Fraction(repr(weight)) for weight in weights]
+    quotas = [count * weight / sum(exact) for weight in exact]
+    parts = [math.floor(quota) for quota in quotas]
+    by_remainder = sorted(range(len(parts)), key=lambda i: parts[i] - quotas[i])
+    for i in by_remainder[: count - sum(parts)]:
+        parts[i] += 1
+    return parts
 
 
 class Section(BaseModel):

@@ -16,10 +16,8 @@ from rich.text import Text
 
 from selfplay import store
 from selfplay.recipe_file import parse_yaml
-from selfplay.types import Completion, Group, Judgement, PreferencePair, Prompt
 
 PLAIN_WIDTH = 110  # columns of a table that goes to a file or a pipe
-NUM_COMPARED = 6
 MAX_SHOWN = 900  # characters of one completion
 
 # Whole escape sequences, so that no "[31m" is left standing: CSI, terminated OSC/DCS/APC strings, two-character ones.
@@ -58,11 +56,13 @@ def print_run(run: Path, figures: Mapping[str, Any], console: Console) -> None:
     done = [row for row in figures["rounds"] if row["state"] == "done"]
     if done:
         print_table("training", training_table(done), console)
+        if any("sources" in row for row in done):
+            print_table("training, by source", sources_table(done), console)
         print_table("dropped, by reason", drops_table(done, figures["prompts"]), console)
         for row in done:
             for count in row["counts"].get("filters", []):  # runs from before there were filters have none
                 console.print(Text(f"round {row['round']}, filter {filter_line(count)}"))
-    audited = [row for row in done if row["audit"] is not None]
+    audited = [own for row in done for own in _audited(row) if own["audit"] is not None]
     if audited:
         print_table("audit of the judge", audit_table(audited), console)
         if asked := figures["initial"].get("judge_usage"):
@@ -74,10 +74,7 @@ def print_run(run: Path, figures: Mapping[str, Any], console: Console) -> None:
                     Text(f"round {row['round']}, canaries that lost: {canary_line(row['audit']['canaries'])}")
                 )
             print_alarms(row, console)
-        calibrated = audited[-1]["audit"].get("calibration")  # rounds from before there was one have none
-        if calibrated is not None:
-            figures_of = f"{number(calibrated['accuracy'])} {interval(calibrated['accuracy_interval'])}"
-            console.print(Text(f"judge on {calibrated['pairs']}: accuracy {figures_of}"), soft_wrap=True)
+        _print_calibrated(done[-1], console)
     print_table("seconds of each stage", seconds_table(figures), console)
     for row in figures["rounds"]:
         if row["state"] != "done":
@@ -97,7 +94,7 @@ def print_table(title: str, table: Table, console: Console) -> None:
         console.print()
 
 
-def _table(first: str, *columns: str) -> Table:
+def make_table(first: str, *columns: str) -> Table:
     table = Table()
     table.add_column(first, no_wrap=True)
     for column in columns:
@@ -115,14 +112,26 @@ def interval(value: Sequence[float] | None, sign: str = "") -> str:
 
 
 def print_panel(figures: Mapping[str, Any], console: Console, *, temperature: float) -> None:
-    """The held-out panel: a row for the initial policy and one for each round's."""
-    rows = [("initial", figures["initial"]), *_policies(figures)]
+    """The held-out panel: a row for the initial policy and one for each round's, and below it one for each source."""
+    rows = [part for name, row in (("initial", figures["initial"]), *_policies(figures)) for part in _parts(name, row)]
     print_table(_panel_title(temperature), panel_table(rows), console)
 
 
 def print_policy(name: str, figures: Mapping[str, Any], console: Console, *, temperature: float) -> None:
     """The held-out panel of one policy; `figures` is its eval.json."""
-    print_table(_panel_title(temperature), panel_table([(safe_text(name), figures)]), console)
+    print_table(_panel_title(temperature), panel_table(_parts(safe_text(name), figures)), console)
+
+
+def _parts(name: str, figures: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """A policy's figures, and those of each source that holds prompts out."""
+    sources = figures.get("sources", {}).items()
+    return [(name, figures), *((f"  {source}", own) for source, own in sources if own["mean_length"] is not None)]
+
+
+def _audited(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What the audit of a round is of: its judge, or each source's."""
+    sources = row.get("sources", {})
+    return [{**own, "round": f"{row['round']}, {name}"} for name, own in sources.items()] if sources else [row]
 
 
 def _panel_title(temperature: float) -> str:
@@ -135,7 +144,7 @@ def _policies(figures: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]
 
 def panel_table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
     """A row per policy. Lengths are tokens, entropy and KL nats per token; length to KL are of the sampled completions."""
-    table = _table(
+    table = make_table(
         "policy",
         "score",
         "95 % interval",
@@ -164,7 +173,7 @@ def panel_table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
 def training_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """A row per finished round: what went in, what came out, and how training went."""
     columns = ("prompts", "completions", "pairs", "no pair", "steps", "loss first -> last", "accuracy", "margin")
-    table = _table("round", *columns)
+    table = make_table("round", *columns)
     for row in rows:
         counts, train = row["counts"], row["train"]
         table.add_row(
@@ -178,6 +187,24 @@ def training_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             number(train["rewards/accuracies"]),
             number(train["rewards/margins"]),
         )
+    return table
+
+
+def sources_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """A row for each source of a finished round: its prompts, the mean score of its completions, its pairs."""
+    table = make_table("round", "source", "prompts", "completions", "mean score", "pairs", "no pair")
+    for row in rows:
+        for name, own in row["sources"].items():
+            counts = own["counts"]
+            table.add_row(
+                str(row["round"]),
+                name,
+                str(counts["num_prompts"]),
+                str(counts["num_completions"]),
+                number(own["mean_score"]),
+                str(counts["num_pairs"]),
+                str(sum(counts["num_prompts_without_pair"].values())),
+            )
     return table
 
 
@@ -219,7 +246,7 @@ def audit_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         "canaries": "canary_loss_rate",
     }
     columns = (*keys, "calls", "cost")
-    table = _table("round", *columns)
+    table = make_table("round", *columns)
     for row in rows:
         found, usage = row["audit"], row["judge_usage"] or {}
         figures = [number(found.get(key)) for key in keys.values()]  # rounds from before a figure existed have none
@@ -231,6 +258,16 @@ def canary_line(table: Mapping[str, Mapping[str, int]]) -> str:
     """Of each kind of canary how many lost, of those that have a verdict."""
     judged = {kind: sum(row.values()) - row["num_unjudged"] for kind, row in table.items()}
     return ", ".join(f"{kind} {row['num_lost']} of {judged[kind]}" for kind, row in table.items())
+
+
+def _print_calibrated(row: Mapping[str, Any], console: Console) -> None:
+    """How good the judge of each source is on its calibration file, where it has one."""
+    for name, own in row.get("sources", {"": row}).items():
+        found = own["audit"].get("calibration")  # rounds from before there was one have none
+        if found is not None:
+            accuracy = f"{number(found['accuracy'])} {interval(found['accuracy_interval'])}"
+            whose = f"judge of {name}" if name else "judge"
+            console.print(Text(f"{whose} on {found['pairs']}: accuracy {accuracy}"), soft_wrap=True)
 
 
 def print_alarms(row: Mapping[str, Any], console: Console) -> None:
@@ -250,7 +287,7 @@ def seconds_table(figures: Mapping[str, Any]) -> Table:
     rows = [("initial", figures["initial"]["seconds"])]
     rows += [(f"round {row['round']}", row.get("seconds", {})) for row in figures["rounds"]]
     stages = list(dict.fromkeys(stage for _, seconds in rows for stage in seconds))
-    table = _table("policy of", *stages, "all")
+    table = make_table("policy of", *stages, "all")
     for name, seconds in rows:
         found = [number(seconds.get(stage), 1) for stage in stages]
         table.add_row(name, *found, number(sum(seconds.values()), 1))
@@ -258,104 +295,13 @@ def seconds_table(figures: Mapping[str, Any]) -> Table:
 
 
 def print_gain(figures: Mapping[str, Any], console: Console) -> None:
-    """The last policy against the initial one."""
-    for name, key in (("sampled", "gain"), ("greedy", "greedy_gain")):
-        if figures[key] is not None:
-            between = interval(figures[f"{key}_interval"], "+")
-            console.print(f"gain over the initial policy, {name}: {number(figures[key], 3, '+')} {between}")
-    if figures["gain"] is not None:
+    """The last policy against the initial one, for each source where there are several."""
+    sources = figures.get("sources", {"": figures})
+    for source, own in sources.items():
+        whose = f" on {source}" if source else ""
+        for name, key in (("sampled", "gain"), ("greedy", "greedy_gain")):
+            if own[key] is not None:
+                between = interval(own[f"{key}_interval"], "+")
+                console.print(f"gain over the initial policy{whose}, {name}: {number(own[key], 3, '+')} {between}")
+    if any(own["gain"] is not None for own in sources.values()):
         console.print("(means over held-out prompts; 95 % intervals from a bootstrap over prompts, paired)")
-
-
-def print_comparison(found: Mapping[str, Any], console: Console) -> None:
-    """Runs side by side and their mean gain; `found` is metrics.compare(runs)."""
-    table = _table("run", "score", "gain", "95 % interval", "greedy", "on topic", "length")
-    for column in table.columns:
-        column.no_wrap = True
-    for row in found["runs"]:
-        before, after = row["initial"], row["last"]
-
-        def change(key: str, digits: int = 3, before: Any = before, after: Any = after) -> str:
-            return f"{number(before[key], digits)} -> {number(after[key], digits)}"
-
-        table.add_row(
-            f"{safe_text(Path(row['run']).name)}, seed {row['seed']}",
-            change("heldout_score"),
-            number(row["gain"], 3, "+"),
-            interval(row["gain_interval"], "+"),
-            change("heldout_greedy"),
-            change("on_topic"),
-            change("mean_length", 0),
-        )
-    print_table("the initial and the last policy of each run, on the held-out prompts", table, console)
-    for name, key in (("sampled", "gain"), ("greedy", "greedy_gain")):
-        if found[key] is not None:
-            between = interval(found[f"{key}_interval"], "+")
-            console.print(f"mean gain of {len(found['runs'])} runs, {name}: {number(found[key], 3, '+')} {between}")
-    console.print("(95 % intervals: each run's over prompts, the mean's over runs and prompts together)")
-
-
-def print_compared(run: Path, figures: Mapping[str, Any], console: Console, *, count: int = NUM_COMPARED) -> None:
-    """Held-out prompts with the first sampled completion of the initial and of the last policy side by side."""
-    finished = [row["round"] for row in figures["rounds"] if row["mean_length"] is not None]
-    if not finished:
-        return
-    before, after = _panel(run / "initial"), _panel(run / f"round-{finished[-1]:03d}")
-    ids = sorted(before.keys() & after.keys())[:count]
-    console.print(
-        f"{len(ids)} held-out prompts, not chosen by hand: those with the smallest ids, which are hashes of their text. "
-        "Of each policy the first completion is shown, with its score."
-    )
-    for id in ids:
-        prompt, first, first_score = before[id]
-        _, last, last_score = after[id]
-        table = Table(expand=True, padding=(0, 2))
-        table.add_column(f"initial policy, score {number(first_score, 2)}", ratio=1)
-        table.add_column(f"policy of round {finished[-1]}, score {number(last_score, 2)}", ratio=1)
-        table.add_row(_marked(first), _marked(last))
-        print_table(f"prompt: {shown(prompt.text, 400)}", table, console)
-
-
-def _marked(completion: Completion) -> Text:
-    text = shown(completion.text) if completion.text else Text("(empty)")
-    return text + Text(" [cut at max_tokens]") if completion.finish_reason == "length" else text
-
-
-def _panel(folder: Path) -> dict[str, tuple[Prompt, Completion, float | None]]:
-    """Prompt, first completion and its score, by prompt id."""
-    found = {}
-    for path in sorted((folder / "heldout" / "temperature").glob("*.jsonl")):
-        groups = store.read_records(path, Group)
-        judged = folder / "heldout" / "temperature-judgements" / path.name
-        scores: list[float | None] = [None] * len(groups)
-        if judged.exists():
-            scores = [judgement.scores[0] for judgement in store.read_records(judged, Judgement)]
-        for group, score in zip(groups, scores, strict=True):
-            found[group.prompt.id] = (group.prompt, group.completions[0], score)
-    return found
-
-
-def print_group(group: Group, judgement: Judgement | None, console: Console) -> None:
-    """A prompt with its completions, their scores and notes."""
-    console.print(Text(f"prompt {group.prompt.id} ({safe_text(group.prompt.source)})", style="bold"))
-    for message in group.prompt.messages:
-        console.print(Text(f"{safe_text(message.role)}: ") + shown(message.content))
-    if group.prompt.gold is not None:
-        console.print(Text("gold answer: ", style="bold") + shown(group.prompt.gold))
-    for k, completion in enumerate(group.completions):
-        score = "not judged" if judgement is None else f"score {number(judgement.scores[k])}"
-        console.print(Text(f"completion {k}, {score}: ", style="bold") + _marked(completion))
-        if judgement is not None and judgement.notes and judgement.notes[k]:
-            console.print(Text("  note: ") + shown(judgement.notes[k]))
-
-
-def print_pair(pair: PreferencePair, console: Console) -> None:
-    """Which completions a pair holds."""
-    chosen = "gold answer" if pair.chosen_index is None else f"completion {pair.chosen_index}"
-    rejected = "gold answer" if pair.rejected_index is None else f"completion {pair.rejected_index}"
-    rates = (
-        ""
-        if pair.chosen_win_rate is None
-        else f", win rates {number(pair.chosen_win_rate)} and {number(pair.rejected_win_rate)}"
-    )
-    console.print(f"pair: chosen {chosen}, rejected {rejected}, margin {number(pair.margin)}{rates}")

@@ -9,33 +9,35 @@ goes on where it stopped.
 """
 
 import platform
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from selfplay import metrics, store
-from selfplay.audit import audit
+from selfplay.accounting import all_counts, source_figures
 from selfplay.canaries import make_canaries
 from selfplay.errors import GateError, Stopped
 from selfplay.filters import make_filters
 from selfplay.models import open_generator
+from selfplay.pairing import Pairing, make_pairs, read_selections
 from selfplay.pairs import Selection, make_selector
+from selfplay.parts import Source, own_parts
 from selfplay.progress import SILENT, Reporter
 from selfplay.protocols import FilterContext, Generator, Judge, JudgeContext, PairFilter, PairSelector
 from selfplay.recipe import Recipe
 from selfplay.recipe_file import load_recipe
-from selfplay.run import OwnParts, Round, Run, report_swept, start_run
+from selfplay.run import Round, Run, report_swept, start_run
+from selfplay.sources import plain
 from selfplay.stages import (
+    Judging,
     judge_canaries,
-    judge_groups,
-    make_pairs,
+    judge_each,
     panel_judgements,
     read_canaries,
-    read_selection,
-    room_for_judge,
+    read_shards,
     sample_groups,
     sampling_at,
     shards,
@@ -45,17 +47,17 @@ from selfplay.stages import (
 )
 from selfplay.train.devices import Devices
 from selfplay.train.settings import TrainJob, schedule_span, settings_at
-from selfplay.types import Group, Judgement, Prompt, derive_seed
+from selfplay.types import Group, Judgement, PreferencePair, Prompt, derive_seed
 
 
 def play_round(round: Round) -> Path:
     """The policy of one round; reads whatever an earlier, stopped call left finished."""
-    recipe, start = round.run.recipe, round.start
-    gold = round.run.selector is not None or recipe.pairs.needs_gold
+    run, start = round.run, round.start
+    gold = any(source.selector is not None or source.recipe.pairs.needs_gold for source in run.sources)
     if round.index:
         store.check_folder(start)  # a damaged policy would sample and train as if nothing were wrong
     with open_generator(
-        recipe.generator, start, round.run.chat, seed=round.seed("engine"), encode_gold=gold
+        run.recipe.generator, start, run.chat, seed=round.seed("engine"), encode_gold=gold
     ) as generator:
         sample_panel(round, generator)
         prompts = draw_prompts(round)
@@ -63,8 +65,8 @@ def play_round(round: Round) -> Path:
         judge_panel(round, generator)
         judgements = judge(round, generator, groups)
     finish_panel(round)
-    selection = pair(round, groups, judgements)
-    return train_dpo(round, selection)
+    selections = pair(round, groups, judgements)
+    return train_dpo(round, selections)
 
 
 def sample_panel(round: Round, generator: Generator) -> None:
@@ -76,79 +78,108 @@ def sample_panel(round: Round, generator: Generator) -> None:
 def judge_panel(round: Round, generator: Generator) -> None:
     """Their scores."""
     between = 0 < round.index < round.run.recipe.rounds
-    with room_for_judge(round.run.panel.judge, generator):
-        round.run.panel.judge_all(generator, round.panel_folder, round=round.index - 1, between=between)
+    round.run.panel.judge_all(generator, round.panel_folder, round=round.index - 1, between=between)
 
 
-def draw_prompts(round: Round) -> tuple[Prompt, ...]:
-    """The prompts that this round is dealt."""
-    prompts = round.run.pool.deal(round.run.recipe.prompts, round.index)
-    write_prompts(round.folder / "prompts.jsonl", prompts)
+def draw_prompts(round: Round) -> dict[str, tuple[Prompt, ...]]:
+    """The prompts that this round is dealt, by source: one, of no name, where the recipe has no `sources`."""
+    prompts = {source.name: source.pool.deal(source.recipe.prompts, round.index) for source in round.run.sources}
+    write_prompts(round.folder / "prompts.jsonl", [prompt for dealt in prompts.values() for prompt in dealt])
     return prompts
 
 
-def draw_groups(round: Round, generator: Generator, prompts: tuple[Prompt, ...]) -> list[Group]:
-    """The completions of the round's prompts under the policy that it starts from."""
+def draw_groups(
+    round: Round, generator: Generator, prompts: Mapping[str, tuple[Prompt, ...]]
+) -> dict[str, list[Group]]:
+    """The completions of the round's prompts under the policy that it starts from; each source has its own folder."""
     sampling = sampling_at(round.run.recipe.generator, round.index, seed=round.seed("sample"))
+    groups = {}
     with timed(round.folder, "sample"):
-        name = f"round {round.index}, sampling {sampling.num_completions} completions each"
-        return sample_groups(generator, prompts, sampling, round.folder / "groups", round.run.report, name)
+        for name, dealt in prompts.items():
+            said = f"{round.label(name)}, sampling {sampling.num_completions} completions each"
+            folder = round.folder / "groups" / name
+            groups[name] = sample_groups(generator, dealt, sampling, folder, round.run.report, said)
+    return groups
 
 
-def judge(round: Round, generator: Generator, groups: list[Group]) -> list[Judgement] | None:
-    """The judge's scores; None where the recipe has no judge."""
-    if round.run.judge is None:
-        return None
+def judge(round: Round, generator: Generator, groups: Mapping[str, list[Group]]) -> dict[str, list[Judgement]]:
+    """The scores that each source's judge gives; a source without a judge is not among them."""
     context = JudgeContext(round.index, round.seed("judge"), generator)
-    with room_for_judge(round.run.judge, generator):
-        with timed(round.folder, "judge"):
-            folder, name = round.folder / "judgements", f"round {round.index}, judging"
-            judgements = judge_groups(round.run.judge, groups, context, folder, round.run.report, name)
-        show_canaries(round, round.run.judge, groups, judgements, context)
-    return judgements
+    asked = {
+        source.name: Judging(
+            source.judge,
+            groups[source.name],
+            round.folder / "judgements" / source.name,
+            f"{round.label(source.name)}, judging",
+            partial(show_canaries, round, source, groups[source.name], context),
+        )
+        for source in round.run.sources
+        if source.judge is not None
+    }
+    found = judge_each(list(asked.values()), context, round.run.report, seconds=(round.folder, "judge"))
+    return dict(zip(asked, found, strict=True))
 
 
 def show_canaries(
-    round: Round, judge: Judge, groups: list[Group], judgements: list[Judgement], context: JudgeContext
+    round: Round, source: Source, groups: list[Group], context: JudgeContext, judgements: Sequence[Judgement]
 ) -> None:
     """Shows the judge completions that must lose, after all real ones and in a folder of their own."""
-    if not round.run.num_canaries:
+    if not source.num_canaries or source.judge is None:
         return
     seed = round.seed("canaries")
-    canaries = make_canaries(groups, judgements, round.run.chat, num_prompts=round.run.num_canaries, seed=seed)
+    canaries = make_canaries(groups, judgements, round.run.chat, num_prompts=source.num_canaries, seed=seed)
     own = replace(context, seed=derive_seed(seed, "judge"))
     with timed(round.folder, "canaries"):
-        folder, name = round.folder / "canaries", f"round {round.index}, judging canaries"
-        judge_canaries(judge, canaries, own, folder, round.run.report, name)
+        folder, name = round.folder / "canaries" / source.name, f"{round.label(source.name)}, judging canaries"
+        judge_canaries(source.judge, canaries, own, folder, round.run.report, name)
 
 
-def pair(round: Round, groups: list[Group], judgements: list[Judgement] | None) -> Selection:
-    """The round's preference pairs."""
-    run, recipe, seed = round.run, round.run.recipe.pairs, round.seed("pair")
-    selection = make_pairs(
-        run.selector or make_selector(recipe, round.index, seed),
+def pair(
+    round: Round, groups: Mapping[str, list[Group]], judgements: Mapping[str, list[Judgement]]
+) -> dict[str, Selection]:
+    """The round's preference pairs, each source's by its own selector and filters."""
+    pairings = {
+        source.name: pairing(round, source, groups[source.name], judgements.get(source.name))
+        for source in round.run.sources
+    }
+    selections = make_pairs(pairings, round.folder)
+    for name, selection in selections.items():
+        canaries = read_canaries(round.folder / "canaries" / name)
+        figures = source_figures(name, groups[name], judgements.get(name), selection, canaries, round=round.index)
+        for alarm in figures["audit"]["alarms"]:
+            round.run.report.note(f"{round.label(name)}: ALARM: {alarm}")
+    return selections
+
+
+def pairing(round: Round, source: Source, groups: list[Group], judgements: list[Judgement] | None) -> Pairing:
+    """What the pairs of one source are made of."""
+    run, recipe, seed = round.run, source.recipe.pairs, round.seed("pair")
+
+    def previous(index: int) -> list[PreferencePair]:
+        return [pair for pair in run.round(index).own_pairs if pair.source == source.name]
+
+    filters = source.filters if source.filters is not None else make_filters(recipe, round.index, source.programs)
+    return Pairing(
+        source.selector or make_selector(recipe, round.index, seed),
         groups,
         judgements,
-        round.folder,
-        filters=run.filters if run.filters is not None else make_filters(recipe, round.index, run.programs),
-        context=FilterContext(round.index, seed, lambda index: run.round(index).own_pairs),
-        judge=run.judge.identity if run.judge is not None else "",
+        filters=filters,
+        context=FilterContext(round.index, seed, previous),
+        judge=source.judge.identity if source.judge is not None else "",
         max_unparsed=recipe.unparsed_bound,
     )
-    for alarm in audit(groups, judgements, selection.pairs, read_canaries(round.folder / "canaries"))["alarms"]:
-        round.run.report.note(f"round {round.index}: ALARM: {alarm}")
-    return selection
 
 
-def train_dpo(round: Round, selection: Selection) -> Path:
+def train_dpo(round: Round, selections: Mapping[str, Selection]) -> Path:
     """The policy after DPO on the round's pairs, the reference being what the recipe says."""
     if round.policy.exists():
         store.remove_folder(round.folder / "train" / "checkpoints")  # a kill may have come between the two
         return round.policy
     from selfplay.train.launch import launch
 
-    num_prompts = len({pair.prompt_id for pair in selection.pairs})
-    round.run.report.note(f"round {round.index}: {len(selection.pairs)} pairs from {num_prompts} prompts")
+    for name, selection in selections.items():
+        num_prompts = len({pair.prompt_id for pair in selection.pairs})
+        round.run.report.note(f"{round.label(name)}: {len(selection.pairs)} pairs from {num_prompts} prompts")
     with timed(round.folder, "train"):
         launch(train_job(round), round.run.report, round.run.devices)
     return round.policy
@@ -168,7 +199,9 @@ def train_job(round: Round) -> TrainJob:
         seed=round.seed("train"),
         reference=other_reference(round),
         ref_model_mixup_alpha=recipe.ref_model_mixup_alpha if round.index else None,
-        groups=tuple(str(path) for path in shards(round.folder / "groups")),
+        groups=tuple(
+            str(path) for source in round.run.sources for path in shards(round.folder / "groups" / source.name)
+        ),
         optimizer_state=str(before.folder / "train" / "optimizer.safetensors") if carried and round.index else None,
         keep_optimizer_state=carried,
         pack_budget=str(round.run.folder / "pack_budget.json"),
@@ -192,16 +225,11 @@ def finish_round(round: Round) -> None:
     path = round.folder / "round.json"
     if path.exists():
         return
-    folder = round.folder
-    prompts = store.read_records(folder / "prompts.jsonl", Prompt)
-    groups = [g for shard in shards(folder / "groups") for g in store.read_records(shard, Group)]
-    judged = [j for shard in shards(folder / "judgements") for j in store.read_records(shard, Judgement)]
-    training = store.read_json(folder / "train" / "result.json")
-    selection = read_selection(folder)
-    num_completions = sum(len(g.completions) for g in groups)
-    unused = dict(Counter(drop.reason for drop in selection.drops))
-    assert len(prompts) == len(selection.own_prompts(round.index)) + sum(unused.values())
-    selected = selection.filters[0].num_in if selection.filters else len(selection.pairs)
+    run, folder = round.run, round.folder
+    training, sources = store.read_json(folder / "train" / "result.json"), figures_by_source(round)
+    counts = all_counts({name: figures["counts"] for name, figures in sources.items()})
+    assert len(store.read_records(folder / "prompts.jsonl", Prompt)) == counts["num_prompts"]
+    several = "" not in sources
     store.write_json(
         path,
         {
@@ -209,35 +237,34 @@ def finish_round(round: Round) -> None:
             "init": store.weights_digest(round.start),
             "reference": training_reference(round),
             "policy": store.weights_digest(round.policy),
-            "judge": round.run.judge.identity if round.run.judge is not None else None,
-            "counts": {
-                "num_prompts": len(prompts),
-                "num_completions": num_completions,
-                "num_tokens": sum(len(c.token_ids) for g in groups for c in g.completions),
-                "num_unusable_completions": selection.unusable,
-                "num_prompts_without_pair": unused,
-                "num_pairs_selected": selected,
-                "filters": [asdict(count) for count in selection.filters],
-                "num_pairs": len(selection.pairs),
-                "num_pairs_of_earlier_rounds": sum(p.origin_round < round.index for p in selection.pairs),
-                "num_pairs_too_long": training["num_too_long"],
-            },
-            "audit": audit(
-                groups,
-                judged if round.run.judge is not None else None,
-                selection.pairs,
-                read_canaries(folder / "canaries"),
-            )
-            | {"calibration": round.run.calibration},
-            "judge_usage": usage_of(
-                folder / "judgements", folder / "canaries" / "judgements", *panel_judgements(folder)
-            ),
+            "judge": plain({one.name: one.judge.identity if one.judge is not None else None for one in run.sources}),
+            "counts": {**counts, "num_pairs_too_long": training["num_too_long"]},
+            "audit": None if several else sources[""]["audit"],  # each judge has its own
+            "judge_usage": usage_of(folder / "judgements", folder / "canaries", *panel_judgements(folder)),
+            **({"sources": sources} if several else {}),
             "train": training,
             "seconds": store.read_json(folder / "seconds.json"),
             "versions": versions(),
         },
     )
-    metrics.write_metrics(round.run.folder)
+    metrics.write_metrics(run.folder)
+
+
+def figures_by_source(round: Round) -> dict[str, dict[str, Any]]:
+    """Where the rows of each source went, from the round's files."""
+    folder, run = round.folder, round.run
+    groups = {source.name: read_shards(folder / "groups" / source.name, Group) for source in run.sources}
+    selections = read_selections(folder, groups)
+    found = {}
+    for source in run.sources:
+        name, judged = source.name, read_shards(folder / "judgements" / source.name, Judgement)
+        judgements = judged if source.judge is not None else None
+        canaries = read_canaries(folder / "canaries" / name)
+        figures = source_figures(name, groups[name], judgements, selections[name], canaries, round=round.index)
+        figures["audit"] |= {"calibration": source.calibration}
+        usage = usage_of(folder / "judgements" / name, folder / "canaries" / name, *panel_judgements(folder, name))
+        found[name] = figures | {"judge_usage": usage}
+    return found
 
 
 def other_reference(round: Round) -> str | None:
@@ -263,25 +290,26 @@ def iterate(
     recipe: Recipe | str | Path,
     out: str | Path,
     *,
-    judge: Judge | None = None,
-    selector: PairSelector | None = None,
-    filters: Sequence[PairFilter] | None = None,
+    judge: Judge | Mapping[str, Judge] | None = None,
+    selector: PairSelector | Mapping[str, PairSelector] | None = None,
+    filters: Sequence[PairFilter] | Mapping[str, Sequence[PairFilter]] | None = None,
     allow_code: bool = False,
     devices: Devices | None = None,
     report: Reporter = SILENT,
 ) -> dict[str, Any]:
     """Plays all rounds of a recipe in the run directory `out`, or what is left of them, and returns `status(out)`.
 
-    `judge` stands in for the recipe's judge, `selector` for its pairing, `filters` for its `pairs.filters`. `devices`
-    are those that train together, as `selfplay.train.devices.read_devices` gives them; None for one. Raises
-    SelfplayError's subclasses; Stopped on Ctrl-C.
+    `judge` stands in for the recipe's judge, `selector` for its pairing, `filters` for its `pairs.filters`. Where the recipe
+    has `sources`, each is a mapping that names whose it stands in for: judge={"open": my_judge}. `devices` are
+    those that train together, as `selfplay.train.devices.read_devices` gives them; None for one. Raises SelfplayError's
+    subclasses; Stopped on Ctrl-C.
     """
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     folder = Path(out)
     with store.locked(folder):
         try:
             report_swept(folder, report)
-            own = OwnParts(judge, selector, filters)
+            own = own_parts(loaded, judge, selector, filters)
             run = start_run(loaded, folder, own=own, allow_code=allow_code, devices=devices, report=report)
             for index in range(run.recipe.rounds):
                 if not (run.round(index).folder / "round.json").exists():

@@ -1,7 +1,8 @@
 """A run directory: opening it, continuing it, and where the files of each round lie."""
 
 import hashlib
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,25 +11,22 @@ from selfplay import store
 from selfplay.adapters import check_lora
 from selfplay.chat import Chat
 from selfplay.errors import RecipeError
-from selfplay.filters import NamedFilter, Programs, load_programs
-from selfplay.judges import make_judge
 from selfplay.judges.lift import function_identity
-from selfplay.judges.python import own_judge
-from selfplay.judges.verifier import check_verifiable
-from selfplay.models import load_chat, local_model, open_generator, prompt_room, resolve_auto
-from selfplay.panel import Panel
+from selfplay.models import load_chat, local_model, prompt_room, resolve_auto
+from selfplay.panel import HeldOut, Panel
+from selfplay.parts import OwnParts, Source, check_dealt, note_drops, open_sources, require_parts
 from selfplay.progress import Reporter
-from selfplay.prompts import PromptPool, check_gold, load_pool
-from selfplay.protocols import Judge, PairFilter, PairSelector
+from selfplay.protocols import Judge
 from selfplay.recipe import Recipe
 from selfplay.recipe_file import check_recipe, differences, dump_recipe, parse_yaml
 from selfplay.recipe_filters import PythonFilterRecipe
 from selfplay.recipe_judges import API_CONDUCT, JUDGE_PLACES
+from selfplay.recipe_pairs import PairsRecipe
 from selfplay.recipe_reward import REWARD_CONDUCT
+from selfplay.sources import load_pools, plain, record_pools
 from selfplay.train.devices import Devices, require_possible
 from selfplay.train.four_bit import playable
 from selfplay.train.settings import require_bitsandbytes
-from selfplay.trust import require_trust
 from selfplay.types import PreferencePair, derive_seed
 
 MACHINE_S_CHOICE = ("bf16", "max_pack_tokens")  # fields of `train` whose auto a run answers once
@@ -43,15 +41,9 @@ class Run:
     initial: Path
     reference: Path | None  # the model that train.reference names, where it names one
     chat: Chat
-    pool: PromptPool
-    judge: Judge | None
-    selector: PairSelector | None  # the user's own; else the recipe's
-    filters: tuple[NamedFilter, ...] | None  # the user's own; else the recipe's
-    programs: Programs  # what the recipe's filters name as programs of the user
+    sources: tuple[Source, ...]
     panel: Panel
     report: Reporter
-    num_canaries: int = 0  # prompts of a round that the judge sees canaries of
-    calibration: dict[str, Any] | None = None  # the judge on its calibration file, where the recipe names one
     devices: Devices | None = None  # those that train together; None for one
 
     def round(self, index: int) -> "Round":
@@ -102,121 +94,81 @@ class Round:
             return self.start
         return self.folder / "reference" if kind == "ema" and self.index else self.run.initial
 
+    def label(self, source: str) -> str:
+        """What to call the part of a source in this round."""
+        return f"round {self.index}, {source}" if source else f"round {self.index}"
+
     def seed(self, stage: str) -> int:
         return derive_seed(self.run.recipe.seed, self.index, stage)
-
-
-@dataclass(frozen=True, slots=True)
-class OwnParts:
-    """What the user passed as objects; each stands in for what the recipe says."""
-
-    judge: Judge | None = None
-    selector: PairSelector | None = None
-    filters: Sequence[PairFilter] | None = None
-
-    def named_filters(self) -> tuple[NamedFilter, ...] | None:
-        """The filters under names that change when their source does."""
-        if self.filters is None:
-            return None
-        return tuple(NamedFilter(function_identity("function", one), one) for one in self.filters)
 
 
 def start_run(
     recipe: Recipe,
     folder: Path,
     *,
-    own: OwnParts,
+    own: Mapping[str, OwnParts],
     allow_code: bool,
     report: Reporter,
     devices: Devices | None = None,
 ) -> Run:
     """Opens or continues a run directory. RecipeError where it holds a run of another recipe, model, data or judge."""
-    _ = recipe.prompts.needed_source  # before anything is loaded
-    judge = own_judge(own.judge) if own.judge is not None else None
-    selector, filters = own.selector, own.named_filters()
-    if judge is None and selector is None:
-        recipe.check_judged()
+    recipe.for_each(lambda name, view: require_parts(view, own[name]))  # before anything is loaded
     require_bitsandbytes(recipe.train)
     require_possible(recipe.train, devices)
-    if selector is None:
-        recipe.check_win_rates()
     recipe = _same_recipe(recipe, folder)
     initial = local_model(recipe.model)
     check_lora(initial, recipe.train.lora)
     named = recipe.train.reference_path
     reference = local_model(named) if named is not None else None
     chat = load_chat(str(initial), recipe.chat)
-    pool = load_pool(recipe.prompts, seed=recipe.seed, chat=chat, room=prompt_room(recipe, initial))
-    note_drops(pool, report)
-    for index in range(recipe.rounds):  # a pool that would run out says so now, not hours from now
-        dealt = pool.deal(recipe.prompts, index)
-        if selector is None:
-            check_gold(recipe, dealt)
-    check_verifiable(recipe, pool, judge_given=judge is not None)
-    programs = load_programs(recipe.pairs, allow_code=allow_code) if filters is None else {}
-    report.note(f"prompts: {len(pool.train)} for training, {len(pool.heldout)} held out (form: {pool.form})")
-    if judge is None and recipe.judge is not None:
-        judge = make_judge(
-            recipe.judge, allow_code=allow_code, open_model=lambda model: open_judge_model(recipe, model)
-        )
-    panel_judge = judge
-    if own.judge is None or recipe.evaluate.judge is not None:
-        held = recipe.heldout_judge
-        panel_judge = (
-            make_judge(held, allow_code=allow_code, open_model=lambda model: open_judge_model(recipe, model))
-            if held is not None
-            else None
-        )
-        if held is None and recipe.judge is not None:
-            report.note(
-                "panel: no scores, for each policy would mark its own work; name another judge in evaluate.judge"
-            )
-    # before anything is written that would bind the folder to this judge
-    calibration = None if own.judge is not None else require_trust("judge", recipe, judge, folder, report)
-    require_trust("evaluate.judge", recipe, panel_judge, folder, report)
-    identity = {
-        "model": store.weights_digest(initial),
-        "chat": hashlib.sha256(chat.template_digest_text.encode()).hexdigest(),
-        "prompts": pool.digest,
-        "judge": judge.identity if judge is not None else None,
-        "heldout_judge": panel_judge.identity if panel_judge is not None else None,
-        "selector": function_identity("selector", selector) if selector is not None else None,
-        "filters": [one.name for one in filters or ()] + [one.identity for one in programs.values()] or None,
-    }
-    if reference is not None:
-        identity["reference"] = store.weights_digest(reference)
-    _same_identity(identity, folder)
-    pool.record(folder)
+    pools = load_pools(recipe, chat=chat, room=prompt_room(recipe, initial))
+    note_drops(pools, report)
+    recipe.for_each(lambda name, view: check_dealt(view, pools[name], own[name]))
+    # before anything is written that would bind the folder to these judges
+    sources, heldout = open_sources(recipe, pools, own, folder, allow_code=allow_code, report=report)
+    _same_identity(_identity(initial, reference, chat, sources, heldout), folder)
+    record_pools(pools, folder)
     initial = playable(initial, folder, recipe.train)
     old = _read_recipe(folder) if (folder / "recipe.yaml").exists() else None
     if old != recipe:
         for change in differences(old, recipe) if old is not None else ():
             report.note(f"recipe: changed on this run: {change}")
         store.rewrite(folder / "recipe.yaml", dump_recipe(recipe).encode())
-    heldout = pool.heldout[: recipe.evaluate.num_prompts]
-    panel = Panel(recipe, heldout, panel_judge, report)
-    # what a judge of the user's own would make of canaries nobody knows, so it sees those alone that are asked for
-    count = recipe.num_canaries if own.judge is None else recipe.audit.canaries or 0
-    parts = (judge, selector, filters, programs, panel, report)
-    return Run(folder, recipe, initial, reference, chat, pool, *parts, count, calibration, devices)
+    panel = Panel(recipe, tuple(one for one in heldout if one.prompts), report)
+    return Run(folder, recipe, initial, reference, chat, sources, panel, report, devices)
 
 
-def note_drops(pool: PromptPool, report: Reporter) -> None:
-    """Says what was dropped when the prompts were read; the rows themselves are in drops.jsonl."""
-    for line in pool.drop_lines:
-        report.note(f"prompts: {line}")
+def _identity(
+    initial: Path, reference: Path | None, chat: Chat, sources: Sequence[Source], heldout: Sequence[HeldOut]
+) -> dict[str, Any]:
+    """What a run is of, beside its recipe."""
+    filters = {
+        one.name: [f.name for f in one.filters or ()] + [f.identity for f in one.programs.values()] or None
+        for one in sources
+    }
+    selectors = {
+        one.name: None if one.selector is None else function_identity("selector", one.selector) for one in sources
+    }
+    identity = {
+        "model": store.weights_digest(initial),
+        "chat": hashlib.sha256(chat.template_digest_text.encode()).hexdigest(),
+        "prompts": plain({one.name: one.pool.digest for one in sources}),
+        "judge": plain({one.name: _of(one.judge) for one in sources}),
+        "heldout_judge": plain({one.name: _of(one.judge) for one in heldout}),
+        "selector": plain(selectors),
+        "filters": plain(filters),
+    }
+    return identity | ({"reference": store.weights_digest(reference)} if reference is not None else {})
+
+
+def _of(judge: Judge | None) -> str | None:
+    return None if judge is None else judge.identity
 
 
 def report_swept(folder: Path, report: Reporter) -> None:
     """Removes what a killed process left half written in a folder, and says so."""
     for path in store.sweep(folder):
         report.note(f"{path.relative_to(folder)}: left unfinished when it was stopped; removed, and made anew")
-
-
-def open_judge_model(recipe: Recipe, model: str) -> Any:
-    """A generator of a judge's own model, on the same kind of engine."""
-    folder = local_model(model)
-    return open_generator(recipe.generator, folder, Chat.load(str(folder)), seed=recipe.seed)
 
 
 def _read_recipe(folder: Path) -> Recipe:
@@ -245,7 +197,10 @@ def _same_recipe(recipe: Recipe, folder: Path) -> Recipe:
     free += [f"{section}.{key}" for section in ("judge", "evaluate.judge") for key in conduct]
     if old.train.reference_path is not None and new.train.reference_path is not None:
         free.append("train.reference")
-    changed = [d for d in differences(_without_targets(old), _without_targets(new)) if d.partition(":")[0] not in free]
+    found = differences(_without_targets(old), _without_targets(new))
+    changed = [d for d in found if _key_in_source(d.partition(":")[0]) not in free]
+    if list(old.sources or ()) != list(new.sources or ()):  # ties of weights and shared prompts follow their order
+        changed.append(f"sources: in the order {', '.join(old.sources or ())} -> {', '.join(new.sources or ())}")
     if [d for d in changed if not d.startswith("rounds:")] or new.rounds < old.rounds:
         raise RecipeError(
             f"{folder} holds a run of another recipe; only more `rounds` may be asked of it. Take a new --out, or undo:\n  "
@@ -256,13 +211,27 @@ def _same_recipe(recipe: Recipe, folder: Path) -> Recipe:
     return new
 
 
+def _key_in_source(key: str) -> str:
+    """A dotted key as it stands in a recipe of one source and one judge: sources.a.judge.judges.0.model is judge.model."""
+    return re.sub(r"\bjudge\.judges\.\d+\.", "judge.", re.sub(r"^sources\.\w+\.", "", key))
+
+
 def _without_targets(recipe: Recipe) -> Recipe:
     """The recipe without the places of its filters' programs, whose sources are in run.json."""
+    update: dict[str, Any] = {"pairs": _pairs_without_targets(recipe.pairs)}
+    if recipe.sources is not None:
+        update["sources"] = {
+            name: source.model_copy(update={"pairs": _pairs_without_targets(source.pairs)})
+            for name, source in recipe.sources.items()
+        }
+    return recipe.model_copy(update=update)
+
+
+def _pairs_without_targets(pairs: PairsRecipe) -> PairsRecipe:
     filters = [
-        one.model_copy(update={"target": ""}) if isinstance(one, PythonFilterRecipe) else one
-        for one in recipe.pairs.filters
+        one.model_copy(update={"target": ""}) if isinstance(one, PythonFilterRecipe) else one for one in pairs.filters
     ]
-    return recipe.model_copy(update={"pairs": recipe.pairs.model_copy(update={"filters": filters})})
+    return pairs.model_copy(update={"filters": filters})
 
 
 def _same_identity(identity: dict[str, Any], folder: Path) -> None:

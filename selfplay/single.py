@@ -7,7 +7,7 @@ inputs is refused, never reused.
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,17 +19,20 @@ from selfplay.errors import DataError, RecipeError, StorageError
 from selfplay.filters import load_programs, make_filters
 from selfplay.judges import make_judge
 from selfplay.models import load_chat, local_model, open_generator, prompt_room, resolve_auto
+from selfplay.pairing import Pairing, make_pairs
 from selfplay.pairs import Selection, make_selector
+from selfplay.parts import note_drops
 from selfplay.progress import Reporter
-from selfplay.prompts import load_pool
 from selfplay.protocols import FilterContext, Judge, JudgeContext
-from selfplay.recipe import Recipe
-from selfplay.recipe_judges import JudgeRecipe, LLMJudgeRecipe
-from selfplay.run import note_drops, report_swept
-from selfplay.stages import judge_groups, make_pairs, room_for_judge, sample_groups, sampling_at, shards
+from selfplay.recipe import Recipe, SourceView
+from selfplay.recipe_judges import JudgeRecipe, asks_policy
+from selfplay.recipe_values import optional_at_round
+from selfplay.run import report_swept
+from selfplay.sources import load_pools, plain, record_pools
+from selfplay.stages import Judging, judge_each, sample_groups, sampling_at, shards
 from selfplay.train.four_bit import playable
 from selfplay.trust import require_trust
-from selfplay.types import Group, Judgement, PreferencePair, derive_seed
+from selfplay.types import Group, Judgement, PreferencePair, Prompt, derive_seed
 
 IDENTITY = "stage.json"
 
@@ -51,6 +54,16 @@ def read_shards(folder: str | Path) -> list[Path]:
     if not found:
         raise DataError(f"{folder}: no .jsonl shards in this folder; give one that `selfplay generate` or a run wrote")
     return found
+
+
+def source_shards(recipe: Recipe, folder: Path, round: int) -> dict[str, list[Path]]:
+    """The finished shards of each source, by its name, which is that of their folder; none of a source that this round deals
+    no prompt. DataError where any other has none.
+    """
+    return {
+        name: [] if optional_at_round(view.prompts.num_prompts, round) == 0 else read_shards(folder / name)
+        for name, view in recipe.by_source.items()
+    }
 
 
 @contextmanager
@@ -76,28 +89,37 @@ def generate(recipe: Recipe, model: str, out: Path, *, round: int, report: Repor
     """The completions of a round's prompts under a model, as shards in `out`."""
     recipe, folder = resolve_auto(recipe), local_model(model)
     chat = load_chat(str(folder), recipe.chat)
-    pool = load_pool(recipe.prompts, seed=recipe.seed, chat=chat, room=prompt_room(recipe, folder))
-    prompts = pool.deal(recipe.prompts, round)
+    pools, sources = load_pools(recipe, chat=chat, room=prompt_room(recipe, folder)), recipe.by_source
+    prompts = {name: pools[name].deal(view.prompts, round) for name, view in sources.items()}
     sampling = sampling_at(recipe.generator, round, seed=derive_seed(recipe.seed, round, "sample"))
+    gold = any(view.pairs.needs_gold for view in sources.values())
     identity = {
         "stage": "generate",
         "round": round,
         "model": store.weights_digest(folder),
         "chat": text_digest(chat.template_digest_text),
-        "prompts": text_digest([[p.id, p.gold, p.checks] for p in prompts]),
+        "prompts": _prompts_digest(prompts),
         "sampling": asdict(sampling),
         "generator": _engine(recipe),
-        "gold": recipe.pairs.needs_gold,
+        "gold": gold,
     }
     if recipe.train.lora is not None and recipe.train.lora.load_in_4bit:
         identity["load_in_4bit"] = True
-    seed, gold = derive_seed(recipe.seed, round, "engine"), recipe.pairs.needs_gold
+    seed = derive_seed(recipe.seed, round, "engine")
+    groups: list[Group] = []
     with claimed(out, identity, report):
-        note_drops(pool, report)
-        pool.record(out)
+        note_drops(pools, report)
+        record_pools(pools, out)
         start = playable(folder, out, recipe.train)
         with open_generator(recipe.generator, start, chat, seed=seed, encode_gold=gold) as generator:
-            return sample_groups(generator, prompts, sampling, out, report, f"round {round}, sampling")
+            for name, dealt in prompts.items():
+                label = f"round {round}{name and f', {name}'}, sampling"
+                groups += sample_groups(generator, dealt, sampling, out / name, report, label)
+    return groups
+
+
+def _prompts_digest(prompts: Mapping[str, Sequence[Prompt]]) -> Any:
+    return plain({name: text_digest([[p.id, p.gold, p.checks] for p in own]) for name, own in prompts.items()})
 
 
 def _engine(recipe: Recipe) -> dict[str, Any]:
@@ -113,15 +135,20 @@ def text_digest(value: Any) -> str:
 def judge(
     recipe: Recipe, groups: Path, out: Path, *, model: str | None, round: int, allow_code: bool, report: Reporter
 ) -> list[Judgement]:
-    """The judge's scores of the groups in a folder, as shards in `out`. `model` is the policy, for a judge that is one."""
-    found, digests = read_groups(groups), [store.file_digest(path) for path in read_shards(groups)]
-    inputs = {"stage": "judge", "round": round, "groups": digests}
+    """The judge's scores of the groups in a folder, as shards in `out`; of several sources each judge's, by source. `model` is
+    the policy, for a judge that is one.
+    """
+    sources = recipe.by_source
+    judged = {n: paths for n, paths in source_shards(recipe, groups, round).items() if sources[n].judge is not None}
+    digests = {name: [store.file_digest(path) for path in paths] for name, paths in judged.items()}
+    inputs = {"stage": "judge", "round": round, "groups": plain(digests)}
+    found = {name: [g for path in paths for g in store.read_records(path, Group)] for name, paths in judged.items()}
     return judge_here(recipe, found, out, inputs, model=model, round=round, allow_code=allow_code, report=report)
 
 
 def judge_here(
     recipe: Recipe,
-    groups: Sequence[Group],
+    groups: Mapping[str, Sequence[Group]],
     out: Path,
     inputs: dict[str, Any],
     *,
@@ -131,39 +158,52 @@ def judge_here(
     report: Reporter,
     trusted: bool = False,
 ) -> list[Judgement]:
-    """The judge's scores of groups, as shards in `out`; `inputs` says whose work that folder holds. A reward model that isn't
-    shown to beat a coin is refused, unless it is `trusted`.
+    """The judges' scores of the groups of each source, as shards in `out`; `inputs` says whose work that folder holds. A reward
+    model that isn't shown to beat a coin is refused, unless it is `trusted`.
     """
-    if recipe.judge is None:
+    asked = {name: view.judge for name, view in recipe.by_source.items() if view.judge is not None}
+    if not asked:
         raise RecipeError("judge: the recipe has none")
-    asked = open_judge(recipe, recipe.judge, allow_code=allow_code)
-    own = isinstance(recipe.judge, LLMJudgeRecipe) and recipe.judge.model == "policy"
+    made: dict[str, Judge] = {}
+    judges = {name: open_judge(recipe, one, allow_code=allow_code, made=made) for name, one in asked.items()}
+    own = any(asks_policy(one) for one in asked.values())
     if own and model is None:
         raise RecipeError("judge.model is the policy itself: name it with --model")
-    identity = inputs | {"judge": asked.identity, "model": None}
+    identity = inputs | {"judge": plain({name: one.identity for name, one in judges.items()}), "model": None}
     seed = derive_seed(recipe.seed, round, "judge")
+    parts = [
+        Judging(one, groups[name], out / name, f"round {round}{name and f', {name}'}, judging")
+        for name, one in judges.items()
+    ]
+
+    def trust() -> None:
+        if not trusted:
+            recipe.for_each(lambda name, view: require_trust("judge", view, judges.get(name), out, report))
+
     if not own or model is None:
         with claimed(out, identity, report):
-            if not trusted:
-                require_trust("judge", recipe, asked, out, report)
-            with room_for_judge(asked, None):
-                return judge_groups(asked, groups, JudgeContext(round, seed), out, report, f"round {round}, judging")
+            trust()
+            found = judge_each(parts, JudgeContext(round, seed), report)
+            return [judgement for judgements in found for judgement in judgements]
     recipe, folder = resolve_auto(recipe), local_model(model)
     identity["model"] = store.weights_digest(folder)
     chat, engine_seed = load_chat(str(folder), recipe.chat), derive_seed(recipe.seed, round, "engine")
     with claimed(out, identity, report), open_generator(recipe.generator, folder, chat, seed=engine_seed) as generator:
-        context = JudgeContext(round, seed, generator)
-        return judge_groups(asked, groups, context, out, report, f"round {round}, judging")
+        trust()
+        found = judge_each(parts, JudgeContext(round, seed, generator), report)
+        return [judgement for judgements in found for judgement in judgements]
 
 
-def open_judge(recipe: Recipe, asked: JudgeRecipe, *, allow_code: bool) -> Judge:
-    """The judge that a recipe names; one with a model of its own opens it on the recipe's kind of engine."""
+def open_judge(recipe: Recipe, asked: JudgeRecipe, *, allow_code: bool, made: dict[str, Judge] | None = None) -> Judge:
+    """The judge that a recipe names; one with a model of its own opens it on the recipe's kind of engine. `made` keeps those
+    that were made with it: equal ones are one.
+    """
 
     def open_model(model: str) -> Any:
         folder, resolved = local_model(model), resolve_auto(recipe)
         return open_generator(resolved.generator, folder, Chat.load(str(folder)), seed=recipe.seed)
 
-    return make_judge(asked, allow_code=allow_code, open_model=open_model)
+    return make_judge(asked, allow_code=allow_code, open_model=open_model, made=made)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,34 +216,48 @@ class PairInputs:
     round: int = 0
 
 
-def pairs(recipe: Recipe, inputs: PairInputs, out: Path, *, allow_code: bool) -> Selection:
-    """The pairs of judged groups, in the file `out`; it is left alone where it holds other pairs."""
-    if recipe.pairs.reads_scores and inputs.judgements is None:
-        raise RecipeError(f"pairs.kind {recipe.pairs.kind} reads scores: name their folder with --judgements")
-    found = read_groups(inputs.groups)
-    judged = inputs.judgements if recipe.pairs.reads_scores else None
-    scores = None if judged is None else read_judgements(judged)
-    if scores is not None and [j.prompt_id for j in scores] != [g.prompt.id for g in found]:
-        raise DataError(f"{judged}: these are the judgements of other prompts than those in {inputs.groups}")
-    seed = derive_seed(recipe.seed, inputs.round, "pair")
-    programs = load_programs(recipe.pairs, allow_code=allow_code)
+def pairs(recipe: Recipe, inputs: PairInputs, out: Path, *, allow_code: bool) -> dict[str, Selection]:
+    """The pairs of judged groups, by source, in the file `out`; it is left alone where it holds other pairs."""
     with tempfile.TemporaryDirectory() as folder:
-        selection = make_pairs(
-            make_selector(recipe.pairs, inputs.round, seed),
-            found,
-            scores,
-            Path(folder),
-            filters=make_filters(recipe.pairs, inputs.round, programs),
-            context=FilterContext(inputs.round, seed, lambda index: _previous(inputs.previous, index)),
-            judge="" if judged is None else _judge_of(judged),
-            max_unparsed=recipe.pairs.unparsed_bound,
-        )
+        groups = source_shards(recipe, inputs.groups, inputs.round)
+        pairings = {
+            name: _pairing(name, view, groups[name], inputs, allow_code=allow_code)
+            for name, view in recipe.by_source.items()
+        }
+        selections = make_pairs(pairings, Path(folder))
         made = store.read_bytes(Path(folder) / "pairs.jsonl")
     if out.exists() and store.read_bytes(out) != made:
         raise StorageError(f"{out}: holds other pairs; remove it or take another --out")
     if not out.exists():
         store.write_bytes(out, made)
-    return selection
+    return selections
+
+
+def _pairing(
+    source: str, recipe: SourceView, sampled: Sequence[Path], inputs: PairInputs, *, allow_code: bool
+) -> Pairing:
+    """What the pairs of a source are made of, from its folders."""
+    if recipe.pairs.reads_scores and inputs.judgements is None:
+        raise RecipeError(f"pairs.kind {recipe.pairs.kind} reads scores: name their folder with --judgements")
+    groups = [group for path in sampled for group in store.read_records(path, Group)]
+    judged = inputs.judgements if recipe.pairs.reads_scores else None
+    scores = None if judged is None else read_judgements(judged / source) if groups else []
+    if scores is not None and [j.prompt_id for j in scores] != [g.prompt.id for g in groups]:
+        raise DataError(f"{judged}: these are the judgements of other prompts than those in {inputs.groups / source}")
+    seed = derive_seed(recipe.seed, inputs.round, "pair")
+
+    def previous(index: int) -> list[PreferencePair]:
+        return [pair for pair in _previous(inputs.previous, index) if pair.source == source]
+
+    return Pairing(
+        make_selector(recipe.pairs, inputs.round, seed),
+        groups,
+        scores,
+        filters=make_filters(recipe.pairs, inputs.round, load_programs(recipe.pairs, allow_code=allow_code)),
+        context=FilterContext(inputs.round, seed, previous),
+        judge="" if judged is None else _judge_of(judged, source),
+        max_unparsed=recipe.pairs.unparsed_bound,
+    )
 
 
 def _previous(files: Sequence[Path], round: int) -> list[PreferencePair]:
@@ -218,35 +272,39 @@ def _previous(files: Sequence[Path], round: int) -> list[PreferencePair]:
     )
 
 
-def _judge_of(judgements: Path) -> str:
+def _judge_of(judgements: Path, source: str) -> str:
     """The identity of the judge that wrote a folder of judgements: of a single stage, or of a run's round."""
     single, run = judgements / IDENTITY, judgements.resolve().parent.parent / "run.json"
     path = single if single.exists() else run
-    return str(store.read_json(path)["judge"] or "") if path.exists() else ""
+    found = store.read_json(path)["judge"] if path.exists() else None
+    return str((found.get(source) if isinstance(found, dict) else found) or "")
 
 
 def evaluate(recipe: Recipe, model: str, out: Path, *, allow_code: bool, report: Reporter) -> dict[str, Any]:
     """The held-out panel of a model, as in eval.json; its KL is to the recipe's own model."""
-    from selfplay.panel import Panel
+    from selfplay.panel import HeldOut, Panel
 
     recipe = resolve_auto(recipe)
     folder, initial = local_model(model), local_model(recipe.model)
     chat = load_chat(str(folder), recipe.chat)
-    pool = load_pool(recipe.prompts, seed=recipe.seed, chat=chat, room=prompt_room(recipe, folder))
-    prompts = pool.heldout[: recipe.evaluate.num_prompts]
-    if not prompts:
+    pools = load_pools(recipe, chat=chat, room=prompt_room(recipe, folder))
+    made: dict[str, Judge] = {}
+    heldout = []
+    for name, view in recipe.by_source.items():
+        prompts, asked = pools[name].heldout[: recipe.evaluate.num_prompts], view.heldout_judge
+        judge = open_judge(recipe, asked, allow_code=allow_code, made=made) if asked is not None else None
+        heldout += [HeldOut(name, prompts, judge)] if prompts else []
+    if not heldout:
         raise RecipeError("prompts.heldout: the recipe holds no prompts out, so there is nothing to evaluate on")
-    asked = recipe.heldout_judge
-    panel_judge = open_judge(recipe, asked, allow_code=allow_code) if asked is not None else None
-    panel = Panel(recipe, prompts, panel_judge, report)
+    panel = Panel(recipe, tuple(heldout), report)
     digests = store.weights_digest(folder), store.weights_digest(initial)
     identity: dict[str, Any] = {
         "stage": "evaluate",
         "model": digests[0],
         "initial": digests[1],
         "chat": text_digest(chat.template_digest_text),
-        "prompts": text_digest([[p.id, p.gold, p.checks] for p in prompts]),
-        "judge": panel_judge.identity if panel_judge is not None else None,
+        "prompts": _prompts_digest({one.name: one.prompts for one in heldout}),
+        "judge": plain({one.name: one.judge.identity if one.judge is not None else None for one in heldout}),
         "sampling": asdict(panel.sampling(between=False)),
         "generator": _engine(recipe),
         "greedy": recipe.evaluate.greedy,
@@ -256,14 +314,13 @@ def evaluate(recipe: Recipe, model: str, out: Path, *, allow_code: bool, report:
     if recipe.train.lora is not None and recipe.train.lora.load_in_4bit:
         identity["load_in_4bit"] = True
     with claimed(out, identity, report):
-        note_drops(pool, report)
-        pool.record(out)
+        note_drops(pools, report)
+        record_pools(pools, out)
         folder, initial = (playable(one, out, recipe.train) for one in (folder, initial))
         with open_generator(recipe.generator, folder, chat, seed=derive_seed(recipe.seed, 0, "engine")) as generator:
             index = -1 if is_initial else recipe.rounds - 1
             panel.sample(generator, out, round=index, between=False)
-            with room_for_judge(panel_judge, generator):
-                panel.judge_all(generator, out, round=index, between=False)
+            panel.judge_all(generator, out, round=index, between=False)
         figures = panel.finish(out, initial=initial, is_initial=is_initial)
     assert figures is not None
     return figures

@@ -15,7 +15,7 @@ from selfplay.preferences import holds_preferences, our_records, read_demonstrat
 from selfplay.progress import Reporter
 from selfplay.recipe import Recipe
 from selfplay.recipe_train import reads
-from selfplay.single import claimed, read_shards, text_digest
+from selfplay.single import claimed, source_shards, text_digest
 from selfplay.train.devices import Devices, require_possible
 from selfplay.train.settings import TrainJob, require_bitsandbytes, schedule_span, settings_at
 from selfplay.types import Demonstration, Drop, PreferencePair, derive_seed
@@ -92,13 +92,20 @@ def make_job(recipe: Recipe, inputs: TrainInputs, folder: Path, out: Path, chat:
         seed=derive_seed(recipe.seed, round, "train"),
         reference=_reference(recipe, inputs, folder),
         ref_model_mixup_alpha=train.ref_model_mixup_alpha if round else None,
-        groups=tuple(str(path) for path in read_shards(inputs.groups)) if inputs.groups is not None else (),
+        groups=_sampled(recipe, inputs),
         optimizer_state=str(inputs.optimizer_state) if carried and inputs.optimizer_state is not None else None,
         keep_optimizer_state=carried,
         first_step=first_step,
         total_steps=total_steps,
         chat_template=recipe.chat.chat_template and chat.tokenizer.chat_template,
     )
+
+
+def _sampled(recipe: Recipe, inputs: TrainInputs) -> tuple[str, ...]:
+    if inputs.groups is None:
+        return ()
+    found = source_shards(recipe, inputs.groups, inputs.round)
+    return tuple(str(path) for paths in found.values() for path in paths)
 
 
 def _reference(recipe: Recipe, inputs: TrainInputs, folder: Path) -> str | None:

@@ -5,37 +5,35 @@ already there it reads them, so going on after a stop is no feature of its own.
 import contextlib
 import json
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from selfplay import store
 from selfplay.canaries import Canary, CanaryVerdict, verdicts_on
-from selfplay.errors import GeneratorError, NoPairsError, StorageError
-from selfplay.filters import FilterCounts, NamedFilter, apply_filters
+from selfplay.errors import GeneratorError, StorageError
 from selfplay.generators.generator import EngineGenerator
-from selfplay.judges.contract import check_unparsed, judge_checked
+from selfplay.judges.combine import Combine, Combined
+from selfplay.judges.contract import judge_checked
 from selfplay.judges.journal import USAGE
 from selfplay.judges.llm import LLMJudge
 from selfplay.judges.reward_model import RewardModelJudge
-from selfplay.pairs import Selection, select_pairs
 from selfplay.progress import Advance, Reporter
 from selfplay.protocols import (
     CountingJudge,
-    FilterContext,
     Generator,
     Judge,
     JudgeContext,
-    PairSelector,
     StagedJudge,
 )
 from selfplay.recipe import GeneratorRecipe
 from selfplay.recipe_values import at_round
-from selfplay.types import Drop, Group, Judgement, PreferencePair, Prompt, Sampling
+from selfplay.types import Group, Judgement, Prompt, Sampling
 
 SHARD_PROMPTS = 256
 CANARIES = "verdicts.jsonl"
+R = TypeVar("R")
 
 
 @contextlib.contextmanager
@@ -105,6 +103,11 @@ def shards(folder: Path) -> list[Path]:
     return sorted(folder.glob("[0-9]*.jsonl"))
 
 
+def read_shards(folder: Path, kind: type[R]) -> list[R]:
+    """The records of all shards of a folder."""
+    return [record for path in shards(folder) for record in store.read_records(path, kind)]
+
+
 def _generate(
     generator: Generator, prompts: Sequence[Prompt], sampling: Sampling, advance: Advance, before: int
 ) -> list[Group]:
@@ -162,7 +165,11 @@ def judge_canaries(
     """The judge's verdicts on canaries, in verdicts.jsonl of `folder`; see canaries.py. Nothing where there are none."""
     path = folder / CANARIES
     if canaries and not path.exists():
-        judged = judge_groups(judge, [one.group for one in canaries], context, folder / "judgements", report, name)
+        asked = Judging(judge, [one.group for one in canaries], folder / "judgements", name)
+        if isinstance(judge, Combine):
+            (judged,) = judge_each([asked], context, report)
+        else:  # whoever asked about the real completions holds the room
+            judged = judge_groups(judge, asked.groups, context, asked.folder, report, name)
         store.write_json_lines(path, [asdict(verdict) for verdict in verdicts_on(canaries, judged)])
 
 
@@ -180,87 +187,91 @@ def _counted_from(advance: Advance, before: int) -> Advance:
     return lambda done: advance(before + done)
 
 
-def usage_of(*judgements: Path) -> dict[str, Any] | None:
-    """What the judging of these folders together has asked of an endpoint: calls, tokens, cost. None where none was asked;
-    the cost is None where one of them has none.
+@dataclass(frozen=True, slots=True)
+class Judging:
+    """Groups that a judge is asked about, the folder of its judgements, what to call that, and what to do with them while a
+    judge with a model of its own still has it.
     """
-    found = [store.read_json(folder / USAGE) for folder in judgements if (folder / USAGE).exists()]
+
+    judge: Judge
+    groups: Sequence[Group]
+    folder: Path
+    name: str
+    then: Callable[[Sequence[Judgement]], None] | None = None
+
+
+def judge_each(
+    asked: Sequence[Judging], context: JudgeContext, report: Reporter, *, seconds: tuple[Path, str] | None = None
+) -> list[list[Judgement]]:
+    """The judgements of each. The members of a combination judge like others, in folders of their own. A judge that is asked
+    several times is opened once; those with a model of their own come last, one after the other. `seconds` names the folder
+    and the stage that the time counts for.
+    """
+    single = [part for one in asked for part in _parts(one)]
+    found: dict[Path, list[Judgement]] = {}
+
+    def judged(judge: Judge, one: Judging) -> None:
+        with timed(*seconds) if seconds is not None else contextlib.nullcontext():
+            found[one.folder] = judge_groups(judge, one.groups, context, one.folder, report, one.name)
+
+    for judge in sorted({id(one.judge): one.judge for one in single}.values(), key=has_own_model):
+        mine = [one for one in single if one.judge is judge]
+        with room_for_judge(judge, context.generator):
+            for one in mine:
+                judged(judge, one)
+            for one in mine:
+                if one.then is not None:
+                    one.then(found[one.folder])
+    for one in asked:
+        if isinstance(one.judge, Combine):
+            judged(Combined(one.judge, [found[part.folder] for part in _parts(one)]), one)
+            if one.then is not None:
+                one.then(found[one.folder])
+    return [found[one.folder] for one in asked]
+
+
+def _parts(one: Judging) -> list[Judging]:
+    if not isinstance(one.judge, Combine):
+        return [one]
+    # no source is named with a hyphen
+    return [
+        Judging(member.judge, one.groups, one.folder / f"member-{n}", f"{one.name}, {member.name}")
+        for n, member in enumerate(one.judge.members)
+    ]
+
+
+def usage_of(*judgements: Path) -> dict[str, Any] | None:
+    """What the judging of these folders together, those of sources and of several judges inside them, has asked of
+    endpoints: calls, tokens, cost. None where none was asked; the cost is None where one of them has none.
+    """
+    found = [store.read_json(path) for folder in judgements for path in sorted(folder.rglob(USAGE))]
     if not found:
         return None
     counts = {key: [usage[key] for usage in found] for key in found[0]}
     return {key: None if None in values else sum(values) for key, values in counts.items()}
 
 
-def panel_judgements(folder: Path) -> list[Path]:
-    """Where the judgements of the panel of a round, or of the initial policy, lie."""
-    return sorted((folder / "heldout").glob("*-judgements"))
+def panel_judgements(folder: Path, source: str = "") -> list[Path]:
+    """Where the judgements of the panel of a round, or of the initial policy, lie; each source has a folder of its name."""
+    return sorted((folder / "heldout" / source).rglob("*-judgements"))
+
+
+def has_own_model(judge: Judge) -> bool:
+    """Whether the judge loads a model of its own, for which the policy's engine must make room."""
+    return isinstance(judge, RewardModelJudge) or (isinstance(judge, LLMJudge) and judge.model != "policy")
 
 
 @contextlib.contextmanager
-def room_for_judge(judge: Judge | None, generator: Generator | None) -> Iterator[None]:
+def room_for_judge(judge: Judge, generator: Generator | None) -> Iterator[None]:
     """Where the judge has a model of its own, gives it the machine: the policy's engine is freed before, the judge's after."""
-    if isinstance(judge, RewardModelJudge) or (isinstance(judge, LLMJudge) and judge.model != "policy"):
+    if has_own_model(judge):
+        assert isinstance(judge, LLMJudge | RewardModelJudge)
         if isinstance(generator, EngineGenerator):
             generator.close()
         with judge:
             yield
     else:
         yield
-
-
-def make_pairs(
-    selector: PairSelector,
-    groups: Sequence[Group],
-    judgements: Sequence[Judgement] | None,
-    folder: Path,
-    *,
-    filters: Sequence[NamedFilter],
-    context: FilterContext,
-    judge: str,
-    max_unparsed: float,
-) -> Selection:
-    """The pairs that a round trains on, in pairs.jsonl; drops.jsonl says why prompts gave none, unusable.json counts
-    completions, filters.json what each filter took in and let go.
-
-    UnparsedGateError and NoPairsError stop the round before training.
-    """
-    if (folder / "pairs.jsonl").exists():
-        return read_selection(folder)
-    if judgements is not None:
-        check_unparsed(judgements, max_unparsed, judge_identity=judge)
-    selected = select_pairs(selector, groups, judgements, round=context.round, judge=judge)
-    _require_pairs(selected, len(groups), context.round)
-    pairs, lost, counts = apply_filters(filters, selected.pairs, context)
-    selection = Selection(tuple(pairs), (*selected.drops, *lost), selected.unusable, tuple(counts))
-    own = selection.own_prompts(context.round)
-    assert len(own) + len(selection.drops) == len(groups), "every group gives pairs or a reason"
-    _require_pairs(selection, len(groups), context.round)
-    store.write_records(folder / "drops.jsonl", selection.drops, Drop)
-    store.write_json(folder / "unusable.json", selection.unusable)
-    store.write_json(folder / "filters.json", [asdict(count) for count in selection.filters])
-    store.write_records(folder / "pairs.jsonl", selection.pairs, PreferencePair)
-    return selection
-
-
-def read_selection(folder: Path) -> Selection:
-    """What `make_pairs` left in the folder of a round."""
-    pairs = store.read_records(folder / "pairs.jsonl", PreferencePair)
-    drops = store.read_records(folder / "drops.jsonl", Drop)
-    path = folder / "filters.json"
-    found = store.read_json(path) if path.exists() else []  # rounds from before there were filters have none
-    counts = [FilterCounts(**count) for count in found]
-    return Selection(tuple(pairs), tuple(drops), store.read_json(folder / "unusable.json"), tuple(counts))
-
-
-def _require_pairs(selection: Selection, num_prompts: int, round: int) -> None:
-    """NoPairsError where no pair of the round itself is left: training on earlier rounds' alone is not what was asked."""
-    if selection.own_prompts(round):
-        return
-    reasons = sorted({drop.reason for drop in selection.drops})
-    raise NoPairsError(
-        f"round {round}: none of {num_prompts} prompts gave a pair ({'; '.join(reasons)}). The policy is unchanged. "
-        "Sample more completions, raise temperature or max_tokens, or look at the judge's scores and at pairs.filters"
-    )
 
 
 def greedy(sampling: Sampling) -> Sampling:

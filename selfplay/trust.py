@@ -12,13 +12,16 @@ from typing import Any, Literal
 
 from selfplay import store
 from selfplay.errors import DataError, RecipeError
+from selfplay.judges.combine import Combine
 from selfplay.judges.reward_model import check_reward_model
 from selfplay.labelled import calibration, labelled_group
 from selfplay.models import local_model
 from selfplay.preferences import read_labelled
 from selfplay.progress import Reporter
 from selfplay.protocols import Judge, JudgeContext
-from selfplay.recipe import PromptsRecipe, Recipe
+from selfplay.recipe import Recipe, SourceView
+from selfplay.recipe_judges import judges_in
+from selfplay.recipe_prompts import PromptsRecipe
 from selfplay.recipe_reward import RewardModelRecipe
 from selfplay.stages import judge_groups, room_for_judge
 
@@ -52,15 +55,22 @@ def check_reward_models(recipe: Recipe) -> None:
     """What the files of a recipe's reward models say: RecipeError or DataError for one that can't be used or isn't trusted.
     A model of a hub that isn't here is left for the start of the run.
     """
-    for key, judge in (("judge", recipe.judge), ("evaluate.judge", recipe.evaluate.judge)):
-        if isinstance(judge, RewardModelRecipe) and (Path(judge.model).is_dir() or judge.model.startswith(("/", "."))):
-            try:
-                folder = local_model(judge.model)
-            except DataError as error:
-                raise DataError(f"{key}.model: {error}") from error
-            check_reward_model(judge, folder, key)
-            if judge.calibration is None:
-                refuse_chance(known_accuracy(folder), judge, key, source=f"{folder / ACCURACY}")
+    recipe.for_each(lambda _, view: _check_of_source(view))
+
+
+def _check_of_source(view: SourceView) -> None:
+    for key, asked in (("judge", view.judge), ("evaluate.judge", view.evaluate.judge)):
+        for judge in judges_in(asked):
+            if isinstance(judge, RewardModelRecipe) and (
+                Path(judge.model).is_dir() or judge.model.startswith(("/", "."))
+            ):
+                try:
+                    folder = local_model(judge.model)
+                except DataError as error:
+                    raise DataError(f"{key}.model: {error}") from error
+                check_reward_model(judge, folder, key)
+                if judge.calibration is None:
+                    refuse_chance(known_accuracy(folder), judge, key, source=f"{folder / ACCURACY}")
 
 
 def refuse_chance(figures: Mapping[str, Any] | None, judge: RewardModelRecipe, key: str, *, source: str) -> None:
@@ -74,17 +84,29 @@ def refuse_chance(figures: Mapping[str, Any] | None, judge: RewardModelRecipe, k
 
 
 def require_trust(
-    key: Literal["judge", "evaluate.judge"], recipe: Recipe, judge: Judge | None, folder: Path, report: Reporter
+    key: Literal["judge", "evaluate.judge"], recipe: SourceView, judge: Judge | None, folder: Path, report: Reporter
 ) -> dict[str, Any] | None:
     """Says how good the reward model at `key` is, and returns the figures of its calibration file where the recipe names one:
-    measured now, and kept below `folder`. Nothing where there is no reward model. RecipeError where the figures don't
-    show that it beats a coin.
+    measured now, and kept below `folder`; of several judges, those of the first that has them. Nothing where there is no
+    reward model. RecipeError where the figures don't show that it beats a coin.
     """
-    asked = recipe.judge if key == "judge" else recipe.evaluate.judge
-    if not isinstance(asked, RewardModelRecipe) or judge is None:
+    if judge is None:
         return None
+    asked = judges_in(recipe.judge if key == "judge" else recipe.evaluate.judge)
+    judges = [member.judge for member in judge.members] if isinstance(judge, Combine) else [judge]
+    found = [
+        _require_trust(key, one, its, recipe.prompts, folder, report)
+        for one, its in zip(asked, judges, strict=False)  # a judge of the user's own stands in for any number
+        if isinstance(one, RewardModelRecipe)
+    ]
+    return next((figures for figures in found if figures is not None), None)
+
+
+def _require_trust(
+    key: str, asked: RewardModelRecipe, judge: Judge, prompts: PromptsRecipe, folder: Path, report: Reporter
+) -> dict[str, Any] | None:
     if asked.calibration is not None:
-        figures = _measured(asked.calibration, judge, recipe.prompts, folder, report)
+        figures = _measured(asked.calibration, judge, prompts, folder, report)
         report.note(f"{key}: accuracy {_in_words(figures)} on {asked.calibration}")
         refuse_chance(figures, asked, key, source=asked.calibration)
         return figures

@@ -8,7 +8,9 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 FinishReason = Literal["stop", "length", "gold"]
 
@@ -24,7 +26,8 @@ class Prompt:
     """One prompt. `id` depends on messages and tools alone, so it is equal in every round and every run.
 
     `gold` is the data set's own completion. `checks` are what a verifier looks at: mappings with a `kind` and that
-    kind's arguments. `source` names where the row came from.
+    kind's arguments. `source` names where the row came from; in a run of several sources it starts with the source's name and
+    a colon.
     """
 
     id: str
@@ -93,7 +96,7 @@ class PreferencePair:
 
     An index is the place in the group of round `origin_round`, None for the gold answer. A score is None where no judge was
     asked. A win rate is P(the completion beats one of the policy), in [0, 1]; None where the selector gives none.
-    `weight` multiplies the loss of the pair.
+    `weight` multiplies the loss of the pair. `source` is the name of the prompt's source, where a run has several.
     """
 
     prompt_id: str
@@ -112,6 +115,7 @@ class PreferencePair:
     weight: float = 1.0
     origin_round: int = 0
     judge: str = ""
+    source: Annotated[str, Field(exclude_if=lambda name: not name)] = ""
 
     @property
     def margin(self) -> float | None:

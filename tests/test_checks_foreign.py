@@ -17,10 +17,12 @@ from selfplay.judges.checks.ifeval import ifeval_fault
 from selfplay.judges.checks.reasoning_gym import task_fault
 from selfplay.judges.checks.verdict import NoVerdictError
 from selfplay.judges.verifier import Verifier, check_prompts, check_verifiable, validate_checks
-from selfplay.prompts import load_pool, read_prompts
+from selfplay.prompt_rows import read_prompts
+from selfplay.prompts import load_pool
 from selfplay.protocols import JudgeContext
-from selfplay.recipe import PromptsRecipe, Recipe
+from selfplay.recipe import Recipe
 from selfplay.recipe_judges import VerifierRecipe
+from selfplay.recipe_prompts import PromptsRecipe
 from selfplay.types import Completion, Group, Judgement, Message, Prompt, prompt_id
 
 NO_COMMA = {"kind": "ifeval", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}

@@ -51,7 +51,7 @@ def test_each_round_has_its_own_values_and_follows_the_one_before(tiny: Path, tm
     assert (first.init, second.init) == (str(tiny), "the policy of round 0")
     assert (first.reference, second.reference) == (str(tiny), "the policy of round 0")
     assert (first.settings.learning_rate, second.settings.learning_rate) == (1e-5, 2e-6)
-    assert (first.first_prompt, second.first_prompt) == (1, 7)
+    assert (first.sources[0].first_prompt, second.sources[0].first_prompt) == (1, 7)
     assert (first.tokens, second.tokens) == (6 * 4 * 10, 4 * 2 * 10)
     # at most a pair a prompt, in steps of 4 pairs
     assert (first.max_steps, second.max_steps) == (4, 1)

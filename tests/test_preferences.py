@@ -17,7 +17,7 @@ from selfplay.preferences import (
     read_labelled,
     read_preferences,
 )
-from selfplay.recipe import PromptsRecipe
+from selfplay.recipe_prompts import PromptsRecipe
 from selfplay.types import Demonstration, Message, PreferencePair, Prompt, prompt_id
 
 HI = {"role": "user", "content": "Say hi."}

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from selfplay.errors import DataError
-from selfplay.prompts import PromptPool, load_pool, read_prompts, split_turns
-from selfplay.recipe import PromptsRecipe
+from selfplay.prompt_rows import read_prompts, split_turns
+from selfplay.prompts import PromptPool, load_pool
+from selfplay.recipe_prompts import PromptsRecipe
 from selfplay.store import read_records, write_records
 from selfplay.types import Drop, Message, Prompt, prompt_id
 

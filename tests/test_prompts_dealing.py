@@ -11,7 +11,8 @@ from selfplay import store
 from selfplay.chat import Chat
 from selfplay.errors import DataError, RecipeError
 from selfplay.prompts import PromptPool, load_pool
-from selfplay.recipe import PromptsRecipe
+from selfplay.recipe_prompts import PromptsRecipe
+from selfplay.sources import record_pools
 from selfplay.types import Drop, Message, Prompt, prompt_id
 
 
@@ -55,7 +56,7 @@ def test_what_was_dropped_when_the_prompts_were_read_is_kept_with_id_reason_and_
     rows = [*asking(3), *asking(1), {"prompt": ""}]
     path = lines(tmp_path / "a.jsonl", rows)
     pool = pool_of(path, heldout=0.3)
-    pool.record(tmp_path / "run")
+    record_pools({"": pool}, tmp_path / "run")
     kept = store.read_records(tmp_path / "run" / "drops.jsonl", Drop)
     assert sorted(kept, key=lambda drop: drop.source) == [
         Drop(prompt_id((Message("user", "question 0"),)), "duplicate", f"{path}:4"),

@@ -95,9 +95,12 @@ def test_the_readmes_python_block_runs(checkout: list[str], tmp_path: Path, monk
 def test_the_readmes_pieces_of_recipes_are_valid() -> None:
     pieces = [parse_yaml(text, "README.md")[0] for language, text in BLOCKS if language == "yaml"]
     base = {"model": "m", "prompts": {"source": "p.jsonl", "deal": "same"}}
-    recipes = [check_recipe({**base, **piece}, "README.md") for piece in pieces]
+    recipes = [check_recipe({**({"model": "m"} if "sources" in p else base), **p}, "README.md") for p in pieces]
     judges = [recipe.judge.kind for recipe in recipes if recipe.judge is not None]
     assert judges == ["api"]
+    (mixed,) = (recipe for recipe in recipes if recipe.sources is not None)
+    counts = [view.prompts.num_prompts for view in mixed.by_source.values()]
+    assert f"num_prompts: 96                # a round: {counts[0]}, {counts[1]} and {counts[2]}" in README
     assert [one.kind for recipe in recipes for one in recipe.pairs.filters] == ["mix_previous", "near_duplicates"]
 
 

@@ -14,6 +14,7 @@ from selfplay.recipe import Recipe
 from selfplay.recipe_file import check_recipe, dump_recipe, load_recipe, parse_yaml
 from selfplay.recipe_judges import VerifierRecipe
 from selfplay.recipe_pairs import BestVsWorstRecipe
+from selfplay.recipe_prompts import PromptsRecipe
 from selfplay.recipe_values import Section, at_round
 from selfplay.train.settings import settings_at
 
@@ -73,7 +74,7 @@ def test_a_key_like_no_other_is_refused_with_all_that_are_allowed(tmp_path: Path
 @given(st.data())
 def test_every_key_misspelt_by_one_edit_is_refused_by_name(data: st.DataObject) -> None:
     section = data.draw(st.sampled_from(["prompts", "chat", "generator", "pairs", "train", "evaluate"]))
-    model = BestVsWorstRecipe if section == "pairs" else Recipe.model_fields[section].annotation
+    model = {"pairs": BestVsWorstRecipe, "prompts": PromptsRecipe}.get(section, Recipe.model_fields[section].annotation)
     fields = list(model.model_fields)  # type: ignore[union-attr]
     key = data.draw(st.sampled_from(fields))
     at = data.draw(st.integers(0, len(key) - 1))

@@ -17,7 +17,6 @@ from selfplay.report import (
     panel_table,
     print_alarms,
     print_gain,
-    print_group,
     print_table,
     reasons,
     safe_text,
@@ -25,6 +24,7 @@ from selfplay.report import (
     shown,
     training_table,
 )
+from selfplay.report_texts import print_group
 from selfplay.types import Completion, Group, Judgement, Message, Prompt
 
 PANEL: dict[str, Any] = {

@@ -8,7 +8,7 @@ from selfplay.cli import main
 from selfplay.judges.checks import passes
 from selfplay.judges.verifier import check_prompts
 from selfplay.prompts import load_pool
-from selfplay.recipe import PromptsRecipe
+from selfplay.recipe_prompts import PromptsRecipe
 
 pytest.importorskip("reasoning_gym")
 SUMS = ["--set", "min_terms=2", "--set", "max_terms=2", "--set", "min_digits=1", "--set", "max_digits=1"]

@@ -7,7 +7,8 @@ import typer
 
 from selfplay.commands.options import AccelerateConfig, AllowCode, Overrides, RecipeFile
 from selfplay.recipe_file import load_recipe
-from selfplay.report import make_console, print_compared, print_run
+from selfplay.report import make_console, print_run
+from selfplay.report_texts import print_compared
 from selfplay.train.devices import read_devices, require_possible
 
 

@@ -74,6 +74,7 @@ def calibrate_command(
     out: Annotated[
         Path | None, typer.Option(help="A folder to keep the judgements in; a stopped calibration goes on there.")
     ] = None,
+    source: Annotated[str | None, typer.Option(help="Whose judge, where the recipe has several sources.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Judge the first rows only.")] = None,
     split: Annotated[str, typer.Option(help="The split of a data set id.")] = "train",
     name: Annotated[str | None, typer.Option(help="The configuration of a data set id.")] = None,
@@ -90,6 +91,7 @@ def calibrate_command(
         pairs,
         out,
         model=model,
+        source=source,
         limit=limit,
         name=name,
         split=split,

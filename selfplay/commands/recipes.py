@@ -9,7 +9,7 @@ import typer
 from selfplay.errors import RecipeError, StorageError
 from selfplay.recipe import Recipe
 from selfplay.recipe_file import load_recipe, recipe_folder
-from selfplay.recipe_judges import ApiJudgeRecipe, LLMJudgeRecipe, PythonJudgeRecipe
+from selfplay.recipe_judges import ApiJudgeRecipe, LLMJudgeRecipe, PythonJudgeRecipe, judges_in
 from selfplay.recipe_reward import RewardModelRecipe
 
 recipes_app = typer.Typer(help="List the recipes that come with selfplay, or copy one.")
@@ -51,10 +51,12 @@ def copy_command(
 
 def files_of(recipe: Recipe, folder: Path) -> list[Path]:
     """The files in `folder` that a recipe names: data, chat template, judge template, judge program, labelled pairs."""
-    texts = [recipe.prompts.source, recipe.prompts.heldout, recipe.chat.chat_template]
-    for judge in (recipe.judge, recipe.evaluate.judge):
-        texts += [judge.template] if isinstance(judge, LLMJudgeRecipe | ApiJudgeRecipe) else []
-        texts += [judge.target.partition(":")[0]] if isinstance(judge, PythonJudgeRecipe) else []
-        texts += [judge.chat_template, judge.calibration] if isinstance(judge, RewardModelRecipe) else []
+    texts: list[object] = [recipe.chat.chat_template]
+    for view in recipe.by_source.values():
+        texts += [view.prompts.source, view.prompts.heldout]
+        for judge in (*judges_in(view.judge), *judges_in(view.evaluate.judge)):
+            texts += [judge.template] if isinstance(judge, LLMJudgeRecipe | ApiJudgeRecipe) else []
+            texts += [judge.target.partition(":")[0]] if isinstance(judge, PythonJudgeRecipe) else []
+            texts += [judge.chat_template, judge.calibration] if isinstance(judge, RewardModelRecipe) else []
     paths = dict.fromkeys(Path(text) for text in texts if isinstance(text, str))
     return [path for path in paths if path.is_relative_to(folder) and path.is_file()]

@@ -10,7 +10,9 @@ from selfplay import store
 from selfplay.commands.options import AsJson
 from selfplay.errors import DataError
 from selfplay.metrics import compare, status
-from selfplay.report import make_console, print_comparison, print_group, print_pair, print_run
+from selfplay.report import make_console, print_run
+from selfplay.report_compare import print_comparison
+from selfplay.report_texts import print_group, print_pair
 from selfplay.types import Group, Judgement, PreferencePair
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)]
@@ -40,7 +42,7 @@ def compare_command(
 def show_command(
     run: RunFolder,
     round: Annotated[int, typer.Option("--round", min=0, help="The round, from 0.", show_default=False)],
-    limit: Annotated[int, typer.Option(min=1, help="Show at most this many prompts.")] = 5,
+    limit: Annotated[int, typer.Option(min=1, help="Show at most this many prompts of each source.")] = 5,
 ) -> None:
     """Show prompts, completions with their scores, and pairs of a round."""
     folder = run / f"round-{round:03d}"
@@ -62,13 +64,19 @@ def show_command(
 
 
 def first_groups(folder: Path, limit: int) -> list[tuple[Group, Judgement | None]]:
-    """The first groups of a round with their judgements; only as many shards are read as are needed."""
+    """The first groups of each source of a round with their judgements; only as many shards are read as are needed."""
+    groups, judgements = folder / "groups", folder / "judgements"
+    sources = sorted(path.name for path in groups.iterdir() if path.is_dir()) or [""]
+    return [pair for name in sources for pair in _first_groups(groups / name, judgements / name, limit)]
+
+
+def _first_groups(folder: Path, judgements: Path, limit: int) -> list[tuple[Group, Judgement | None]]:
     found: list[tuple[Group, Judgement | None]] = []
-    for path in sorted((folder / "groups").glob("*.jsonl")):
+    for path in sorted(folder.glob("*.jsonl")):
         if len(found) >= limit:
             break
         groups = store.read_records(path, Group)
-        judged = folder / "judgements" / path.name
+        judged = judgements / path.name
         by_id = {j.prompt_id: j for j in store.read_records(judged, Judgement)} if judged.exists() else {}
         found += [(group, by_id.get(group.prompt.id)) for group in groups]
     return found[:limit]

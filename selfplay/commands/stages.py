@@ -81,13 +81,13 @@ def pairs_command(
     from selfplay.single import PairInputs, pairs
 
     inputs = PairInputs(groups, judgements, previous or (), round)
-    selection = pairs(loaded, inputs, out, allow_code=allow_code)
-    dropped = Counter(drop.reason for drop in selection.drops)
-    typer.echo(f"{out}: {len(selection.pairs)} pairs")
-    for count in selection.filters:
-        typer.echo(f"filter {filter_line(asdict(count))}")
-    typer.echo(f"prompts without a pair: {reasons(dropped)}")
-    typer.echo(f"completions not used: {reasons(selection.unusable)}")
+    for name, selection in pairs(loaded, inputs, out, allow_code=allow_code).items():
+        dropped = Counter(drop.reason for drop in selection.drops)
+        typer.echo(f"{out}: {len(selection.pairs)} pairs{name and f' of {name}'}")
+        for count in selection.filters:
+            typer.echo(f"filter {filter_line(asdict(count))}")
+        typer.echo(f"prompts without a pair: {reasons(dropped)}")
+        typer.echo(f"completions not used: {reasons(selection.unusable)}")
 
 
 def train_command(

@@ -15,20 +15,24 @@ from selfplay.judges.questions import Questions, check_asked
 from selfplay.judges.template import load_template
 from selfplay.judges.verifier import check_verifiable, validate_checks
 from selfplay.models import local_model
-from selfplay.prompts import FILE_SUFFIXES, load_pool
-from selfplay.recipe import HeldoutRecipe, Recipe
+from selfplay.prompt_rows import FILE_SUFFIXES
+from selfplay.prompts import load_pool
+from selfplay.recipe import Recipe, SourceView
 from selfplay.recipe_file import load_recipe
 from selfplay.recipe_filters import PythonFilterRecipe
 from selfplay.recipe_judges import (
     ApiJudgeRecipe,
-    JudgeRecipe,
     LLMJudgeRecipe,
+    OneJudge,
     PythonJudgeRecipe,
     SimilarityRecipe,
     VerifierRecipe,
+    judges_in,
 )
+from selfplay.recipe_prompts import HeldoutRecipe, PromptsRecipe
 from selfplay.recipe_reward import RewardModelRecipe
 from selfplay.report import safe_text
+from selfplay.sources import load_pools
 from selfplay.targets import check_target
 from selfplay.trust import check_reward_models
 
@@ -49,9 +53,7 @@ def validate_command(
             said = safe_text(str(error))
             typer.echo(said if said.startswith(str(path)) else f"{path}: {said}", err=True)
         else:
-            alone = (
-                "" if recipe.prompts.source is not None else ", without prompts: for train and what else reads files"
-            )
+            alone = "" if recipe.has_prompts else ", without prompts: for train and what else reads files"
             typer.echo(f"{path}: ok{alone}")
     if codes:
         raise typer.Exit(codes[0])
@@ -61,27 +63,32 @@ def check(recipe: Recipe, *, allow_code: bool = False) -> None:
     """Raises RecipeError or DataError: scores that nobody gives, a file that isn't there or isn't right, a check that can't
     be run, a judge that can't be asked. With `allow_code` the programs that the recipe names are imported.
     """
-    if recipe.prompts.source is not None:
+    if recipe.has_prompts:
         recipe.check_judged()
     recipe.check_win_rates()
     _check_model("model", recipe.model)
     if recipe.train.reference_path is not None:
         _check_model("train.reference", recipe.train.reference_path)
-    held = recipe.prompts.heldout
-    held_source = held.source if isinstance(held, HeldoutRecipe) else held
-    for key, source in (("prompts.source", recipe.prompts.source), ("prompts.heldout", held_source)):
-        if isinstance(source, str):
-            _check_source(key, source)
-    for key, judge in (("judge", recipe.judge), ("evaluate.judge", recipe.evaluate.judge)):
-        if judge is not None:
-            _check_judge(key, judge, allow_code=allow_code)
+    for name, view in recipe.by_source.items():
+        _check_source_of(f"sources.{name}." if name else "", view, allow_code=allow_code)
     check_reward_models(recipe)
-    for index, one in enumerate(recipe.pairs.filters):
-        if isinstance(one, PythonFilterRecipe):
-            check_target(one.target, f"pairs.filters.{index}.target")
-    if allow_code:
-        load_programs(recipe.pairs, allow_code=True)
     _check_rows(recipe)
+
+
+def _check_source_of(at: str, view: SourceView, *, allow_code: bool) -> None:
+    held = view.prompts.heldout
+    held_source = held.source if isinstance(held, HeldoutRecipe) else held
+    for key, source in (("prompts.source", view.prompts.source), ("prompts.heldout", held_source)):
+        if isinstance(source, str):
+            _check_source(at + key, source)
+    for key, judge in (("judge", view.judge), ("evaluate.judge", view.evaluate.judge)):
+        for one in judges_in(judge):
+            _check_judge(at + key, one, allow_code=allow_code)
+    for index, named in enumerate(view.pairs.filters):
+        if isinstance(named, PythonFilterRecipe):
+            check_target(named.target, f"{at}pairs.filters.{index}.target")
+    if allow_code:
+        load_programs(view.pairs, allow_code=True)
 
 
 def _check_model(key: str, model: str) -> None:
@@ -104,13 +111,30 @@ def _check_source(key: str, source: str) -> None:
 
 def _check_rows(recipe: Recipe) -> None:
     """Reads the prompts, where they are files of JSON: tables and data sets take a library, and hubs the network."""
-    held = recipe.prompts.heldout
-    named = [source for source in (recipe.prompts.source, held) if isinstance(source, str)]
-    if named and not isinstance(held, HeldoutRecipe) and all(Path(s).suffix in (".jsonl", ".json") for s in named):
-        check_verifiable(recipe, load_pool(recipe.prompts, seed=recipe.seed), judge_given=False)
+    if all(_is_json(view.prompts) for view in recipe.by_source.values()):
+        pools = load_pools(recipe)
+        recipe.for_each(lambda name, view: check_verifiable(view, pools[name], judge_given=False))
+        return
+    recipe.for_each(lambda _, view: _check_rows_of(view))
 
 
-def _check_judge(key: str, judge: JudgeRecipe, *, allow_code: bool) -> None:
+def _check_rows_of(view: SourceView) -> None:
+    """Reads the prompts of one source beside others that can't be read here."""
+    if _is_json(view.prompts):
+        check_verifiable(view, load_pool(view.prompts, seed=view.seed), judge_given=False)
+
+
+def _is_json(prompts: PromptsRecipe) -> bool:
+    held = prompts.heldout
+    named = [source for source in (prompts.source, held) if isinstance(source, str)]
+    return (
+        bool(named)
+        and not isinstance(held, HeldoutRecipe)
+        and all(Path(s).suffix in (".jsonl", ".json") for s in named)
+    )
+
+
+def _check_judge(key: str, judge: OneJudge, *, allow_code: bool) -> None:
     if isinstance(judge, VerifierRecipe):
         validate_checks(judge.checks, f"{key}.checks")
     elif isinstance(judge, LLMJudgeRecipe):

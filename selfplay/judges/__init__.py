@@ -1,5 +1,6 @@
 """Judges: verifier (rules), llm (a model reads), api (a model behind an endpoint reads), python (the user's own), reward_model
-(a classifier scores), rouge_l and similarity (likeness to gold), coin (the control). See `make_judge`.
+(a classifier scores), rouge_l and similarity (likeness to gold), coin (the control), combine (several of these). See
+`make_judge`.
 """
 
 from collections.abc import Callable
@@ -12,8 +13,10 @@ from selfplay.recipe_judges import (
     DRAWN,
     ApiJudgeRecipe,
     CoinRecipe,
+    CombineRecipe,
     JudgeRecipe,
     LLMJudgeRecipe,
+    OneJudge,
     PythonJudgeRecipe,
     RougeLRecipe,
     SimilarityRecipe,
@@ -22,9 +25,39 @@ from selfplay.recipe_reward import RewardModelRecipe
 
 
 def make_judge(
-    recipe: JudgeRecipe, *, allow_code: bool = False, open_model: Callable[[str], Any] | None = None
+    recipe: JudgeRecipe,
+    *,
+    allow_code: bool = False,
+    open_model: Callable[[str], Any] | None = None,
+    made: dict[str, Judge] | None = None,
 ) -> Judge:
-    """The judge that a recipe names. `open_model` opens a generator for an llm judge with a model of its own."""
+    """The judge that a recipe names. `open_model` opens a generator for an llm judge with a model of its own. `made` keeps the
+    judges that were made with it, so that equal recipes share one.
+    """
+    made, key = {} if made is None else made, recipe.model_dump_json()
+    if key not in made:
+        if isinstance(recipe, CombineRecipe):
+            made[key] = _combine(recipe, allow_code, open_model, made)
+        else:
+            made[key] = _one_judge(recipe, allow_code, open_model)
+    return made[key]
+
+
+def _combine(
+    recipe: CombineRecipe, allow_code: bool, open_model: Callable[[str], Any] | None, made: dict[str, Judge]
+) -> Judge:
+    from selfplay.judges.combine import Combine, Member
+
+    kinds = [member.judge.kind for member in recipe.judges]
+    members = []
+    for n, member in enumerate(recipe.judges):
+        name = member.judge.kind if kinds.count(member.judge.kind) == 1 else f"{member.judge.kind} {n}"
+        judge = make_judge(member.judge, allow_code=allow_code, open_model=open_model, made=made)
+        members.append(Member(name, judge, member.weight))
+    return Combine(members, how=recipe.how, normalize=recipe.normalize)
+
+
+def _one_judge(recipe: OneJudge, allow_code: bool, open_model: Callable[[str], Any] | None) -> Judge:
     if isinstance(recipe, CoinRecipe):
         from selfplay.judges.coin import Coin
 

@@ -33,8 +33,8 @@ from selfplay.judges.checks.foreign import FOREIGN
 from selfplay.judges.checks.verdict import NoVerdictError
 from selfplay.prompts import PromptPool
 from selfplay.protocols import JudgeContext
-from selfplay.recipe import Recipe
-from selfplay.recipe_judges import VerifierRecipe
+from selfplay.recipe import SourceView
+from selfplay.recipe_judges import VerifierRecipe, judges_in
 from selfplay.types import Completion, Group, Judgement, Prompt
 
 # Part of the judge's identity: raise it when a change below can change a verdict.
@@ -95,13 +95,13 @@ def _check_foreign(prompts: Sequence[Prompt], checks: Sequence[Check]) -> None:
         raise DataError(faults[0] + more)
 
 
-def check_verifiable(recipe: Recipe, pool: PromptPool, *, judge_given: bool) -> None:
+def check_verifiable(recipe: SourceView, pool: PromptPool, *, judge_given: bool) -> None:
     """Reads the checks of all prompts that a verifier will judge, before anything is sampled."""
-    if not judge_given and isinstance(recipe.judge, VerifierRecipe):
-        _check_pool(pool.train, recipe.judge)
     held = recipe.evaluate.judge if judge_given else recipe.heldout_judge
-    if isinstance(held, VerifierRecipe):
-        _check_pool(pool.heldout, held)
+    for judge, prompts in ((None if judge_given else recipe.judge, pool.train), (held, pool.heldout)):
+        for one in judges_in(judge):
+            if isinstance(one, VerifierRecipe):
+                _check_pool(prompts, one)
 
 
 def _check_pool(prompts: Sequence[Prompt], judge: VerifierRecipe) -> None:

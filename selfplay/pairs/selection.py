@@ -23,6 +23,11 @@ class Selection:
     unusable: dict[str, int] = field(default_factory=dict)
     filters: tuple[FilterCounts, ...] = ()
 
+    @property
+    def num_selected(self) -> int:
+        """Pairs before filters."""
+        return self.filters[0].num_in if self.filters else len(self.pairs)
+
     def own_prompts(self, round: int) -> set[str]:
         """Ids of the prompts of `round` itself that have a pair; earlier rounds' pairs may stand beside theirs."""
         return {pair.prompt_id for pair in self.pairs if pair.origin_round == round}
@@ -50,8 +55,9 @@ def select_pairs(
     *,
     round: int = 0,
     judge: str = "",
+    source: str = "",
 ) -> Selection:
-    """All pairs of a round; every group gives pairs or a drop with its reason.
+    """All pairs of a round, or of one source of it; every group gives pairs or a drop with its reason.
 
     SelfplayError where a selector pairs what does not belong together.
     """
@@ -65,7 +71,7 @@ def select_pairs(
         reasons = [unusable_reason(group, i, judgement, keep_truncated=keep) for i in range(len(group.completions))]
         found = [_checked(pair, group, judgement) for pair in selector.select(group, judgement)]
         unusable.update(reason for reason in reasons if reason is not None)
-        pairs += [replace(pair, origin_round=round, judge=judge) for pair in found]
+        pairs += [replace(pair, origin_round=round, judge=judge, source=source) for pair in found]
         if not found:
             drops.append(Drop(group.prompt.id, _why_none(selector, group, judgement, reasons), group.prompt.source))
     return Selection(tuple(pairs), tuple(drops), dict(unusable))

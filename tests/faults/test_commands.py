@@ -1,15 +1,21 @@
 """Commands that are stopped in training, or fail in it: exit codes, messages, and that the same command then goes on."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from jobs import random_pairs
 from killer import digests
+from mixed_run import write_mixed
 from scripted_run import ok, write_recipe
 
-from selfplay import store
+from selfplay import faults, store
 from selfplay.cli import main
 from selfplay.types import PreferencePair
 
@@ -99,3 +105,22 @@ def test_how_often_checkpoints_are_written_may_change_in_a_run_and_nothing_else_
         main([*command, "--set", "train.save_steps=1"])
     names = sorted(f.name for f in (tmp_path / "run/round-000/train/checkpoints").iterdir())
     assert names == ["step-000001", "step-000002"]
+
+
+def test_a_run_of_several_sources_that_is_killed_ends_as_an_undisturbed_one(
+    tiny: Path, tmp_path: Path, fault: Fault
+) -> None:
+    mixed = write_mixed(tmp_path, tiny)
+    listing = tmp_path / "points"
+    fault(f"list={listing}")
+    ok("iterate", mixed, "--out", tmp_path / "whole")
+    fault(None)
+    files = Counter(listing.read_text().split())["store.file.temporary"]
+    command = [sys.executable, "-m", "selfplay", "iterate", str(mixed), "--out", str(tmp_path / "run")]
+    # thrice in the first half, where panel, groups and judgements of the sources are written, each time further on
+    for share in (0.15, 0.2, 0.25):
+        environment = {**os.environ, faults.VARIABLE: f"store.file.temporary@{int(files * share)}=kill9"}
+        assert subprocess.run(command, check=False, env=environment).returncode == -signal.SIGKILL
+    ok("iterate", mixed, "--out", tmp_path / "run")
+    assert artifacts(tmp_path / "run") == artifacts(tmp_path / "whole")
+    assert any("judgements/open/member-1" in name for name in artifacts(tmp_path / "whole"))

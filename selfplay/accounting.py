@@ -1,0 +1,73 @@
+"""Where the rows of a round went, for each source of its prompts and for all together."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from selfplay.audit import audit
+from selfplay.canaries import CanaryVerdict
+from selfplay.pairs import Selection
+from selfplay.types import Group, Judgement
+
+SUMMED = (
+    "num_prompts",
+    "num_completions",
+    "num_tokens",
+    "num_pairs_selected",
+    "num_pairs",
+    "num_pairs_of_earlier_rounds",
+)
+
+
+def source_figures(
+    name: str,
+    groups: Sequence[Group],
+    judgements: Sequence[Judgement] | None,
+    selection: Selection,
+    canaries: Sequence[CanaryVerdict] = (),
+    *,
+    round: int,
+) -> dict[str, Any]:
+    """The counts of one source in a round, the mean score of its completions, and the audit of its judge. A source of several
+    that gives no pair at all is an alarm: the round trains without it.
+    """
+    counts, scores = _counts(groups, selection, round), [s for j in judgements or () for s in j.scores if s is not None]
+    audited = audit(groups, judgements, selection.pairs, canaries)
+    if name and groups and not selection.own_prompts(round):
+        why = "; ".join(sorted(counts["num_prompts_without_pair"]))
+        audited["alarms"].append(f"none of its {len(groups)} prompts gave a pair ({why}): the round trains without it")
+    return {"counts": counts, "mean_score": sum(scores) / len(scores) if scores else None, "audit": audited}
+
+
+def _counts(groups: Sequence[Group], selection: Selection, round: int) -> dict[str, Any]:
+    unused = dict(Counter(drop.reason for drop in selection.drops))
+    assert len(groups) == len(selection.own_prompts(round)) + sum(unused.values())
+    return {
+        "num_prompts": len(groups),
+        "num_completions": sum(len(g.completions) for g in groups),
+        "num_tokens": sum(len(c.token_ids) for g in groups for c in g.completions),
+        "num_unusable_completions": selection.unusable,
+        "num_prompts_without_pair": unused,
+        "num_pairs_selected": selection.num_selected,
+        "filters": [asdict(count) for count in selection.filters],
+        "num_pairs": len(selection.pairs),
+        "num_pairs_of_earlier_rounds": sum(p.origin_round < round for p in selection.pairs),
+    }
+
+
+def all_counts(by_source: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The counts of all sources together; a filter of one of several goes by the source's name and its own."""
+    found: dict[str, Any] = {}
+    for key in next(iter(by_source.values())):
+        values = {name: counts[key] for name, counts in by_source.items()}
+        if key in SUMMED:
+            found[key] = sum(values.values())
+        elif key == "filters":
+            named = (
+                (f"{name} {row['filter']}" if name else row["filter"], row) for name in values for row in values[name]
+            )
+            found[key] = [{**row, "filter": filter} for filter, row in named]
+        else:
+            found[key] = dict(sum((Counter(reasons) for reasons in values.values()), Counter()))
+    return found

@@ -1,0 +1,72 @@
+"""What a round would do with one source of prompts."""
+
+from dataclasses import dataclass
+
+from selfplay.canaries import WHAT
+from selfplay.filters import make_mix
+from selfplay.prompts import PromptPool
+from selfplay.recipe import SourceView
+from selfplay.recipe_filters import MixPreviousRecipe
+from selfplay.recipe_judges import ApiJudgeRecipe, LLMJudgeRecipe, judges_in
+from selfplay.recipe_values import at_round
+
+
+@dataclass(frozen=True, slots=True)
+class SourcePlan:
+    """One source of a round; `name` is "" where the recipe has one. Pairs are an upper bound: a prompt may give none."""
+
+    name: str
+    num_prompts: int
+    first_prompt: int | None  # place in dealing order; None where every round gets the same
+    max_pairs: int
+    judge: str
+    pairs: str  # the selector, and the filters after it
+    audit: str  # what canaries cost the judge, at most; empty where there are none
+
+    @property
+    def data(self) -> str:
+        """Which prompts, in words."""
+        if not self.num_prompts:
+            return "none"
+        if self.first_prompt is None:
+            return "all" if not self.name else f"the first {self.num_prompts}"
+        return f"{self.first_prompt} to {self.first_prompt + self.num_prompts - 1}"
+
+
+def plan_source(name: str, recipe: SourceView, pool: PromptPool, index: int) -> SourcePlan:
+    """The part of a source in a round. RecipeError where its pool would run out."""
+    prompts = recipe.prompts
+    counts = [len(pool.deal(prompts, r)) for r in range(index + 1)]
+    disjoint = prompts.deal == "disjoint" and prompts.num_prompts is not None
+    return SourcePlan(
+        name,
+        num_prompts=counts[-1],
+        first_prompt=sum(counts[:-1]) + 1 if disjoint else None,
+        max_pairs=_most_pairs(recipe, counts),
+        judge=" + ".join(judge.kind for judge in judges_in(recipe.judge)) or "none",
+        pairs=" -> ".join([recipe.pairs.kind, *(one.kind for one in recipe.pairs.filters)]),
+        audit=_canaries(recipe, counts[-1], at_round(recipe.generator.num_completions, index)),
+    )
+
+
+def _canaries(recipe: SourceView, num_prompts: int, num_completions: int) -> str:
+    prompts = min(recipe.num_canaries, num_prompts)
+    if not prompts:
+        return ""
+    several = sum(
+        one.num_verdicts if isinstance(one, LLMJudgeRecipe | ApiJudgeRecipe) else 1 for one in judges_in(recipe.judge)
+    )
+    times = f" x {several} verdicts" if several > 1 else ""
+    shown = f"{len(WHAT)} canaries for each of {prompts} prompts, {2 * len(WHAT) * prompts} completions to judge"
+    return f"{shown}{times}, beside {num_prompts * num_completions}"
+
+
+def _most_pairs(recipe: SourceView, num_prompts: list[int]) -> int:
+    """The most pairs of a round that is dealt the last of `num_prompts`, those that it mixes in among them."""
+    counts = [at_round(recipe.generator.num_completions, r) for r in range(len(num_prompts))]
+    own = [n * recipe.pairs.most_pairs(r, counts[r]) for r, n in enumerate(num_prompts)]
+    round = len(own) - 1
+    for one in recipe.pairs.filters:
+        if isinstance(one, MixPreviousRecipe):
+            return own[-1] + make_mix(one, round).most_added(own)
+    return own[-1]

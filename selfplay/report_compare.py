@@ -1,0 +1,42 @@
+"""Runs of one experiment side by side, as people see them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from selfplay.report import interval, make_table, number, print_table, safe_text
+
+
+def print_comparison(found: Mapping[str, Any], console: Console) -> None:
+    """Runs side by side and their mean gain, for each source where there are several; `found` is metrics.compare(runs)."""
+    for name, own in found.get("sources", {"": found}).items():
+        _print_compared_runs(own, f", source {name}" if name else "", console)
+
+
+def _print_compared_runs(found: Mapping[str, Any], whose: str, console: Console) -> None:
+    table = make_table("run", "score", "gain", "95 % interval", "greedy", "on topic", "length")
+    for column in table.columns:
+        column.no_wrap = True
+    for row in found["runs"]:
+        before, after = row["initial"], row["last"]
+
+        def change(key: str, digits: int = 3, before: Any = before, after: Any = after) -> str:
+            return f"{number(before[key], digits)} -> {number(after[key], digits)}"
+
+        table.add_row(
+            f"{safe_text(Path(row['run']).name)}, seed {row['seed']}",
+            change("heldout_score"),
+            number(row["gain"], 3, "+"),
+            interval(row["gain_interval"], "+"),
+            change("heldout_greedy"),
+            change("on_topic"),
+            change("mean_length", 0),
+        )
+    print_table(f"the initial and the last policy of each run, on the held-out prompts{whose}", table, console)
+    for name, key in (("sampled", "gain"), ("greedy", "greedy_gain")):
+        if found[key] is not None:
+            between = interval(found[f"{key}_interval"], "+")
+            console.print(f"mean gain of {len(found['runs'])} runs, {name}: {number(found[key], 3, '+')} {between}")
+    console.print("(95 % intervals: each run's over prompts, the mean's over runs and prompts together)")
