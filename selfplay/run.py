@@ -24,7 +24,7 @@ from selfplay.recipe_judges import API_CONDUCT, JUDGE_PLACES
 from selfplay.recipe_pairs import PairsRecipe
 from selfplay.recipe_reward import REWARD_CONDUCT
 from selfplay.sources import load_pools, plain, record_pools
-from selfplay.train.devices import Devices
+from selfplay.train.devices import Devices, require_possible
 from selfplay.train.four_bit import playable
 from selfplay.train.settings import require_bitsandbytes
 from selfplay.types import PreferencePair, derive_seed
@@ -114,6 +114,7 @@ def start_run(
     """Opens or continues a run directory. RecipeError where it holds a run of another recipe, model, data or judge."""
     recipe.for_each(lambda name, view: require_parts(view, own[name]))  # before anything is loaded
     require_bitsandbytes(recipe.train)
+    require_possible(recipe.train, devices)
     recipe = _same_recipe(recipe, folder)
     initial = local_model(recipe.model)
     check_lora(initial, recipe.train.lora)

@@ -84,7 +84,12 @@ def steps(folder: Path) -> list[dict[str, Any]]:
 
 
 def weights(model: Path) -> dict[str, "Tensor"]:
-    """The tensors of a model folder."""
+    """The tensors of a model's folder, or of an adapter's."""
     from safetensors.torch import load_file
 
-    return load_file(model / "model.safetensors")
+    return load_file(next(model.glob("*model.safetensors")))
+
+
+def flat(model: Path) -> "Tensor":
+    """All of them in one vector."""
+    return torch.cat([tensor.flatten() for _, tensor in sorted(weights(model).items())])

@@ -8,7 +8,10 @@ written to ranks-N.json of the job's folder.
 import dataclasses
 import json
 import os
+import socket
+import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,24 @@ from selfplay.train.progress import SILENT
 from selfplay.train.settings import TrainJob, TrainSettings
 from selfplay.train.trainer import Trainer
 from selfplay.train.world import Sharding, World, join_world, leave_world
+
+
+def spawn(folder: Path, tasks: Sequence[dict[str, Any]]) -> None:
+    """Runs such tasks, whose list is written to `folder`, on two processes."""
+    (folder / "tasks.json").write_text(json.dumps(tasks))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    script = str(Path(__file__))
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, script, str(folder / "tasks.json")],
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+    assert [rank.wait() for rank in ranks] == [0, 0]
 
 
 def job_from(data: dict[str, Any]) -> TrainJob:

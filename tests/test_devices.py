@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from jobs import weights
+from jobs import flat, weights
 from scripted_run import ok, write_recipe
 
 from selfplay.cli import main
@@ -41,6 +41,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "fsdp1": ({"distributed_type": "FSDP", "use_cpu": False}, "fsdp_version must be 2"),
     "offload": ({"fsdp_config": {"fsdp_offload_params": True}}, "offload"),
     "uneven": ({"num_machines": 3}, "2 processes can't be spread over 3 machines"),
+    "a word": ({"num_processes": "two"}, "num_processes must be a whole number of 1 or more, not 'two'"),
+    "few gpus": ({"gpu_ids": "0"}, "gpu_ids names 0, too few for 2 processes"),
+    "elastic": ({"rdzv_backend": "c10d"}, "rdzv_backend must be static"),
+    "cloud": ({"compute_environment": "AMAZON_SAGEMAKER"}, "compute_environment must be LOCAL_MACHINE"),
+    "compile": ({"dynamo_config": {"dynamo_backend": "INDUCTOR"}}, "dynamo_config: nothing that"),
+    "misspelt": ({"num_proceses": 4}, "num_proceses: nothing that selfplay's trainer does; leave it out"),
+    "ignored modules": ({"fsdp_config": {"fsdp_ignored_modules": "head"}}, "fsdp_ignored_modules: nothing that"),
 }
 
 
@@ -51,6 +58,39 @@ def test_what_the_trainer_does_not_do_is_refused(what: str, tmp_path: Path) -> N
     path.write_text(yaml.safe_dump({**CPU, **changes}))
     with pytest.raises(RecipeError, match=said):
         read_devices(str(path))
+
+
+def test_a_field_that_is_not_read_is_named_and_one_that_asks_for_nothing_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    written = {"debug": False, "downcast_bf16": "no", "tpu_env": [], "machine_rank": 0, "dynamo_config": {}}
+    path.write_text(yaml.safe_dump({**CPU, **written, "main_training_function": "main", "fsdp_config": {}}))
+    assert read_devices(str(path)).lines == [f"training on {read_devices(str(path)).line}"]
+    sharded = {"fsdp_version": 2, "fsdp_state_dict_type": "SHARDED_STATE_DICT", "fsdp_reshard_after_forward": True}
+    config = {**CPU, "distributed_type": "FSDP", "use_cpu": False, "mixed_precision": "bf16", "fsdp_config": sharded}
+    path.write_text(yaml.safe_dump({**config, "enable_cpu_affinity": True}))
+    said = read_devices(str(path)).lines[0]
+    assert said.startswith(
+        "config.yaml: not read: enable_cpu_affinity (no process is bound to cores), fsdp_state_dict_type ("
+    )
+    assert said.endswith(", mixed_precision (train.bf16 says)")
+    path.write_text(yaml.safe_dump({**CPU, "fsdp_config": sharded}))
+    assert read_devices(str(path)).unread == ("fsdp_config (without distributed_type FSDP)",)
+
+
+EIGHT_BIT = {"optim": "adamw_bnb_8bit"}
+FOUR_BIT = {"lora": {"r": 4, "lora_alpha": 8, "load_in_4bit": True}}
+
+
+@pytest.mark.parametrize("train", [EIGHT_BIT, FOUR_BIT], ids=["optimizer", "weights"])
+def test_what_can_not_be_cut_over_processes_is_refused_at_the_start(
+    train: dict[str, Any], tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(tmp_path, tiny, train={"learning_rate": 1e-3, **train})
+    command = ["iterate", str(recipe), "--out", str(tmp_path / "run"), "--accelerate-config"]
+    for more in ([], ["--dry-run"]):
+        assert main([*command, "fsdp2_nodes", *more]) == 64
+        assert "can't be cut over processes" in capsys.readouterr().err
+    ok(*command, "eight_gpus", "--dry-run")
 
 
 def test_several_machines_need_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -89,3 +129,18 @@ def test_train_on_two_processes_gives_the_policy_of_one(
     monkeypatch.setenv("SELFPLAY_FAULT", "train.loss@2=nan")
     assert main([str(a) for a in (*arguments, tmp_path / "bad", *two)]) == 76
     assert "error: the loss of pairs with prompts" in capfd.readouterr().err
+
+
+def test_a_run_on_two_processes_ends_with_the_policy_of_one(tiny: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny)
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(CPU))
+    ok("iterate", recipe, "--out", tmp_path / "one")
+    ok("iterate", recipe, "--out", tmp_path / "two", "--accelerate-config", tmp_path / "two.yaml")
+    for index, start in enumerate((tiny, tmp_path / "one/round-000/policy")):
+        one, two = (flat(tmp_path / name / f"round-{index:03d}/policy") for name in ("one", "two"))
+        assert (one - two).norm() <= 1e-5 * one.norm()
+        assert (one - two).norm() <= 0.01 * (one - flat(start)).norm(), "the policies have moved, and the same way"
+        figures = json.loads((tmp_path / f"two/round-{index:03d}/round.json").read_text())
+        assert figures["train"]["processes"] == "2 processes (DDP)"
+    again = ["iterate", str(recipe), "--out", str(tmp_path / "two")]
+    assert main(again) == 0, "a finished run is read by whatever trains"

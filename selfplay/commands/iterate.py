@@ -9,7 +9,7 @@ from selfplay.commands.options import AccelerateConfig, AllowCode, Overrides, Re
 from selfplay.recipe_file import load_recipe
 from selfplay.report import make_console, print_run
 from selfplay.report_texts import print_compared
-from selfplay.train.devices import read_devices
+from selfplay.train.devices import read_devices, require_possible
 
 
 def iterate_command(
@@ -33,7 +33,9 @@ def iterate_command(
         from selfplay.plan import make_plan, print_plan
 
         print_plan(make_plan(loaded, folder), console)
-        console.print(f"training: {devices.line if devices is not None else '1 process'}", markup=False, soft_wrap=True)
+        require_possible(loaded.train, devices)
+        for line in devices.lines if devices is not None else ["training on 1 process"]:
+            console.print(line, markup=False, soft_wrap=True)
         return
     from selfplay.progress import Reporter
     from selfplay.rounds import iterate

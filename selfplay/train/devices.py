@@ -5,14 +5,13 @@ import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from selfplay.errors import RecipeError
 from selfplay.recipe_file import recipe_folder
-
-PLAIN = ("NO", "MULTI_GPU", "MULTI_CPU")
+from selfplay.recipe_train import TrainRecipe
+from selfplay.train.device_fields import kind_of, unread_fields, whole_number
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +26,7 @@ class Devices:
     reshard_after_forward: bool = True
     layers: tuple[str, ...] | None = None
     port: int | None = None
+    unread: tuple[str, ...] = ()  # fields of the configuration that are not read, and why
 
     @property
     def line(self) -> str:
@@ -40,16 +40,22 @@ class Devices:
             held = "each holds the policy, its gradients and its optimizer (DDP)"
         return f"{self.num_processes} processes{machines}, {held}"
 
+    @property
+    def lines(self) -> list[str]:
+        """The same, and before it which fields of the configuration are not read."""
+        unread = [f"{self.config.name}: not read: {', '.join(self.unread)}"] if self.unread else []
+        return [*unread, f"training on {self.line}"]
+
     def command(self, module: str, arguments: list[str], *, failed: Path) -> list[str]:
         """`accelerate launch` of a module, which writes `failed` where a process fails. RecipeError where several machines are
         asked for outside a SLURM job.
         """
         wrapper = [sys.executable, "-P", "-m", "selfplay.train.ranks", str(os.getpid()), str(failed)]
         options = ["--config_file", str(self.config), "--main_process_port", str(self.port or free_port())]
+        options += ["--mixed_precision", "no"]  # an unquoted no of the file is false, which accelerate stumbles over
         if self.num_processes > 1 and not self.sharded:
-            options.append(
-                "--multi_gpu"
-            )  # on CPUs as well: else accelerate starts one process and leaves the rest to MPI
+            # on CPUs as well: else accelerate starts one process and leaves the rest to MPI
+            options.append("--multi_gpu")
         launch = [*options, "-m", module, *arguments]
         if self.num_machines == 1:
             return [*wrapper, *launch]
@@ -84,46 +90,34 @@ def read_devices(name: str) -> Devices:
         raise RecipeError(f"{path}: no YAML ({error})") from error
     if not isinstance(data, dict):
         raise RecipeError(f"{path}: no accelerate configuration; make one with: accelerate config")
-    kind, fsdp = str(data.get("distributed_type", "NO")).upper(), data.get("fsdp_config") or {}
-    kind = "NO" if kind == "FALSE" else kind  # an unquoted NO is YAML's false
-    processes, machines = int(data.get("num_processes", 1)), int(data.get("num_machines", 1))
-    for wrong, change in _refused(data, kind, fsdp, processes, machines):
-        if wrong:
-            raise RecipeError(f"{path}: {change}")
+    processes, machines = (whole_number(path, data, key, 1) for key in ("num_processes", "num_machines"))
+    unread = unread_fields(path, data)
+    fsdp = data.get("fsdp_config") or {}
     layers = fsdp.get("fsdp_transformer_layer_cls_to_wrap")
     return Devices(
         config=path.absolute(),
         num_processes=processes,
         num_machines=machines,
         use_cpu=bool(data.get("use_cpu", False)),
-        sharded=kind == "FSDP",
+        sharded=kind_of(data) == "FSDP",
         reshard_after_forward=bool(fsdp.get("fsdp_reshard_after_forward", True)),
         layers=tuple(layers.split(",") if isinstance(layers, str) else layers) if layers else None,
         port=data.get("main_process_port") or None,
+        unread=unread,
     )
 
 
-def _refused(
-    data: dict[str, Any], kind: str, fsdp: dict[str, Any], processes: int, machines: int
-) -> list[tuple[bool, str]]:
-    """(whether it is so, what is wrong and what to change)."""
-    is_fsdp, cpu = kind == "FSDP", bool(data.get("use_cpu", False))
-    wrap = fsdp.get("fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP")
-    return [
-        (kind not in (*PLAIN, "FSDP"), f"distributed_type {kind} is none of {', '.join(PLAIN)}, FSDP"),
-        (
-            str(data.get("mixed_precision", "no")).lower() in ("fp16", "fp8"),
-            "say mixed_precision: no; train.bf16 counts",
-        ),
-        (processes < 1 or processes % machines != 0, f"{processes} processes can't be spread over {machines} machines"),
-        (kind == "NO" and processes > 1, "several processes need distributed_type MULTI_GPU, MULTI_CPU or FSDP"),
-        (is_fsdp and str(fsdp.get("fsdp_version", 1)) != "2", "fsdp_version must be 2"),
-        (is_fsdp and cpu, "accelerate does no FSDP on CPUs: take distributed_type MULTI_CPU"),
-        (bool(fsdp.get("fsdp_offload_params", False)), "fsdp_offload_params must be false"),
-        (
-            bool(fsdp.get("fsdp_activation_checkpointing", False)),
-            "say train.gradient_checkpointing in the recipe instead",
-        ),
-        (is_fsdp and wrap != "TRANSFORMER_BASED_WRAP", "fsdp_auto_wrap_policy must be TRANSFORMER_BASED_WRAP"),
-        (bool(data.get("parallelism_config")), "parallelism_config is not supported: leave it out"),
-    ]
+def require_possible(recipe: TrainRecipe, devices: Devices | None) -> None:
+    """RecipeError where the recipe asks for what can't be cut over processes: asked at the start, not when training begins."""
+    if devices is None or not devices.sharded or devices.num_processes == 1:
+        return
+    wanted = {
+        "train.optim adamw_bnb_8bit": ("adamw_torch", recipe.optim == "adamw_bnb_8bit"),
+        "train.lora.load_in_4bit": ("load_in_4bit: false", recipe.lora is not None and recipe.lora.load_in_4bit),
+    }
+    for what, (instead, asked) in wanted.items():
+        if asked:
+            raise RecipeError(
+                f"{what} can't be cut over processes, as {devices.config} asks (FSDP): take {instead}, or a configuration "
+                "without FSDP"
+            )

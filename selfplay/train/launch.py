@@ -70,7 +70,8 @@ def run_on(devices: Devices, job: TrainJob | KLJob, report: Reporter) -> dict[st
     folder.mkdir(parents=True)
     described = asdict(devices) | {"config": str(devices.config)}
     (folder / "job.json").write_text(json.dumps({"quiet": report.quiet, "devices": described, **asdict(job)}))
-    report.note(f"training on {devices.line}")
+    for line in devices.lines:
+        report.note(line)
     names = [str(folder / "job.json"), str(folder / "result.json")]
     command = devices.command(RANK, names, failed=folder / "failed.json")
     process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)

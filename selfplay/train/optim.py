@@ -20,15 +20,16 @@ class Masters:
     """The weights that the optimizer sees, in fp32, whatever the model computes in.
 
     Pure bf16 weights lose updates silently at DPO's learning rates: a step of 1e-6 is below bf16's spacing near 0.01.
-    Where the model itself is fp32 its own parameters are the masters.
+    Where the model itself is fp32 its own parameters are the masters. A `compute_dtype` of None leaves it as it is.
     """
 
-    def __init__(self, model: nn.Module, *, compute_dtype: torch.dtype) -> None:
+    def __init__(self, model: nn.Module, *, compute_dtype: torch.dtype | None) -> None:
         self.names = [name for name, p in model.named_parameters() if p.requires_grad]
         self.compute = [p for p in model.parameters() if p.requires_grad]
-        self.is_copy = compute_dtype != torch.float32
+        self.is_copy = compute_dtype not in (None, torch.float32)
         masters = [p.detach().float().clone() for p in self.compute] if self.is_copy else []
-        cast_parameters(model, compute_dtype)
+        if compute_dtype is not None:
+            cast_parameters(model, compute_dtype)
         self.weights: list[Tensor] = [m.requires_grad_() for m in masters] if self.is_copy else list(self.compute)
         tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         self.embeddings = [w for w, p in zip(self.weights, self.compute, strict=True) if id(p) in tables]

@@ -49,7 +49,7 @@ class ShardedMasters(Masters):
     """The rows of the weights that this process keeps; `named` gives these, `whole` the weights."""
 
     def __init__(self, module: Any, world: World) -> None:
-        super().__init__(module.model, compute_dtype=torch.float32)
+        super().__init__(module.model, compute_dtype=None)
         self.module, self.world = module, world
         # they share memory with the parameters: what the optimizer writes is gathered next time
         self.weights = [p.to_local().detach().requires_grad_() for p in self.compute if isinstance(p, DTensor)]

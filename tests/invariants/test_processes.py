@@ -2,17 +2,13 @@
 
 import dataclasses
 import json
-import os
-import socket
-import subprocess
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from jobs import job_of, random_pairs, steps, weights
+from jobs import flat, job_of, random_pairs, steps
+from ranks import spawn
 from transformers import AutoModelForCausalLM
 
 from selfplay.errors import StorageError
@@ -26,24 +22,6 @@ RIG: dict[str, Any] = {"batch_size": 3, "num_train_epochs": 2, "max_pack_tokens"
 PAIRS = random_pairs(num_prompts=7, num_completions=2)
 LARGE: dict[str, Any] = {"batch_size": 7, "max_pack_tokens": 2048}  # several pairs in the packs of each process
 KINDS = ("ddp", "fsdp")
-
-
-def spawn(folder: Path, tasks: Sequence[dict[str, Any]]) -> None:
-    """Runs tasks of tests/ranks.py on two processes."""
-    (folder / "tasks.json").write_text(json.dumps(tasks))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    script = str(Path(__file__).parent.parent / "ranks.py")
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, script, str(folder / "tasks.json")],
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]
-    assert [rank.wait() for rank in ranks] == [0, 0]
 
 
 def task(
@@ -76,10 +54,6 @@ def seen(folder: Path) -> list[dict[str, Any]]:
     """What the processes wrote of the tasks in a folder, those of process 0 before those of process 1."""
     files = sorted(folder.glob("ranks-*.json"), key=lambda f: (f.stem[-1], int(f.stem.split("-")[1])))
     return [json.loads(file.read_text()) for file in files]
-
-
-def flat(model: Path) -> torch.Tensor:
-    return torch.cat([tensor.flatten() for _, tensor in sorted(weights(model).items())])
 
 
 @pytest.mark.parametrize("kind", KINDS)
