@@ -19,6 +19,7 @@ TARGETS = {
     "types",
     "mini-data",
     "bench",
+    "bench-gpu",
     "science",
     "clean",
 }

@@ -1,0 +1,157 @@
+"""A round as one would write it on well-known parts: sample, judge, pair, DPOTrainer, save. The peers of the benchmark `round`.
+
+    python rival.py KIND SETUP PROMPTS OUT
+
+KIND "tuned" is as good as we could make it: vLLM with the settings that our own engine found best, TRL with the reference's
+logps computed beforehand and no checkpointing. KIND "spin" has the shape of the published code of SPIN (arXiv:2401.01335):
+transformers.generate on a padded batch, a completion of each prompt at a time, and TRL with its defaults. Sampling has a
+process of its own, whose memory is free when training starts.
+"""
+
+import json
+import math
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+from machine import Setup, new_model
+from rules import BATCH_SIZE, MAX_PAIRS, MAX_TOKENS, NUM_COMPLETIONS, choose, score
+from work import BETA, LEARNING_RATE
+
+TUNED = {"precompute_ref_log_probs": True, "gradient_checkpointing": False}
+SPIN_BATCH = 16  # prompts, as in SPIN's generate.py
+
+
+def main(kind: str, told: str, prompts: str, out: str) -> None:
+    """The whole round; prints the seconds of its stages."""
+    setup, seconds = Setup(**json.loads(told)), {}
+    started = time.perf_counter()
+    groups = Path(out) / "groups.json"
+    command = [sys.executable, __file__, f"sample {kind}", told, prompts, str(groups)]
+    subprocess.run(command, env=_engine_environment(setup, kind), check=True, stdout=sys.stderr)
+    seconds["sample"] = time.perf_counter() - started
+    started = time.perf_counter()
+    pairs = judge_and_pair(json.loads(groups.read_text()))
+    seconds["judge"] = time.perf_counter() - started
+    started = time.perf_counter()
+    train(setup, kind, pairs, out)
+    seconds["train"] = time.perf_counter() - started
+    print(json.dumps({"stages": seconds, "num_pairs": len(pairs)}))
+
+
+def sample(kind: str, setup: Setup, prompts: list[str]) -> list[dict[str, Any]]:
+    """Each prompt with the texts of its completions."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(setup.model, padding_side="left")
+    texts = [
+        tokenizer.apply_chat_template([{"role": "user", "content": p}], add_generation_prompt=True, tokenize=False)
+        for p in prompts
+    ]
+    drawn = (_by_vllm if kind == "tuned" else _by_transformers)(setup, tokenizer, texts)
+    return [{"prompt": p, "completions": c} for p, c in zip(prompts, drawn, strict=True)]
+
+
+def _by_vllm(setup: Setup, tokenizer: Any, texts: list[str]) -> list[list[str]]:
+    from vllm import LLM, SamplingParams
+
+    from selfplay.generators.vllm import engine_arguments
+
+    llm = LLM(**engine_arguments(_engine_settings(setup), on_cpu=setup.device == "cpu"))
+    sampling = SamplingParams(n=NUM_COMPLETIONS, temperature=1.0, max_tokens=MAX_TOKENS, seed=1)
+    ids = [{"prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)} for text in texts]
+    return [[one.text.strip() for one in found.outputs] for found in llm.generate(ids, sampling, use_tqdm=False)]
+
+
+def _by_transformers(setup: Setup, tokenizer: Any, texts: list[str]) -> list[list[str]]:
+    import torch
+
+    torch.manual_seed(1)
+    policy = new_model(setup, torch.bfloat16).eval()
+    drawn: list[list[str]] = [[] for _ in texts]
+    for _ in range(NUM_COMPLETIONS):
+        for first in range(0, len(texts), SPIN_BATCH):
+            batch = texts[first : first + SPIN_BATCH]
+            told = tokenizer(batch, return_tensors="pt", padding=True, add_special_tokens=False).to(setup.device)
+            settings = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+            told.pop("token_type_ids", None)
+            pad = tokenizer.pad_token_id
+            found = policy.generate(**told, max_new_tokens=MAX_TOKENS, pad_token_id=pad, **settings)
+            new = tokenizer.batch_decode(found[:, told["input_ids"].shape[1] :], skip_special_tokens=True)
+            for place, text in enumerate(new, first):
+                drawn[place].append(text.strip())
+    return drawn
+
+
+def judge_and_pair(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Preference pairs in TRL's conversational form."""
+    pairs = []
+    for group in groups:
+        texts = [text for text in dict.fromkeys(group["completions"]) if text]
+        for chosen, rejected in choose([score(text) for text in texts], max_pairs=MAX_PAIRS):
+            both = {"chosen": texts[chosen], "rejected": texts[rejected]}
+            row = {name: [{"role": "assistant", "content": text}] for name, text in both.items()}
+            pairs.append({"prompt": [{"role": "user", "content": group["prompt"]}], **row})
+    return pairs
+
+
+def train(setup: Setup, kind: str, pairs: list[dict[str, Any]], out: str) -> None:
+    """One epoch of DPO; the policy is saved under `out`."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+    from trl import DPOConfig, DPOTrainer
+
+    alone = 1 if setup.device == "cpu" else 8
+    batch_size = math.gcd(alone, BATCH_SIZE) if kind == "tuned" else BATCH_SIZE
+    args = DPOConfig(
+        output_dir=out,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=BATCH_SIZE // batch_size,
+        num_train_epochs=1,
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="constant",
+        beta=BETA,
+        max_length=None,
+        report_to=[],
+        save_strategy="no",
+        logging_strategy="no",
+        use_cpu=setup.device == "cpu",
+        bf16=setup.bf16,
+        dataloader_pin_memory=setup.device == "cuda",
+        disable_tqdm=True,
+        **(TUNED if kind == "tuned" else {}),
+        **({"optim": setup.optim} if setup.optim == "adamw_bnb_8bit" else {}),
+    )
+    policy, tokenizer = new_model(setup, torch.float32), AutoTokenizer.from_pretrained(setup.model)
+    reference = new_model(setup, torch.float32) if setup.is_random and kind != "tuned" else None
+    trainer = DPOTrainer(
+        policy, reference, args=args, train_dataset=Dataset.from_list(pairs), processing_class=tokenizer
+    )
+    trainer.train()
+    trainer.save_model(str(Path(out) / "policy"))
+
+
+def _engine_settings(setup: Setup) -> Any:
+    from selfplay.generators.engine import EngineSettings
+
+    return EngineSettings("vllm", setup.model, dtype="bfloat16")
+
+
+def _engine_environment(setup: Setup, kind: str) -> dict[str, str] | None:
+    from selfplay.generators.environment import child_environment
+
+    return child_environment(_engine_settings(setup), 0) if kind == "tuned" else None
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    if sys.argv[1].startswith("sample "):
+        _, kind, *_ = sys.argv[1].split()
+        asked = [json.loads(line)["prompt"] for line in Path(sys.argv[3]).read_text().splitlines()]
+        Path(sys.argv[4]).write_text(json.dumps(sample(kind, Setup(**json.loads(sys.argv[2])), asked)))
+    else:
+        main(*sys.argv[1:])
