@@ -135,13 +135,17 @@ def test_every_result_has_the_same_keys_and_a_peer_that_was_left_out_has_no_rati
 
 
 def test_the_smallest_size_runs_through_every_trainer_on_the_cpu(tmp_path: Path) -> None:
-    """The code path of a GPU's random weights, down to the child processes."""
+    """The code path of a GPU's random weights, each peer's own program, in one process to import once."""
     code = (
-        f"import pathlib, machine; machine.OUT = pathlib.Path({str(tmp_path)!r})\n"
-        "from dataclasses import replace; import training\n"
-        "setup = replace(machine.make_setup('cpu', 'tiny'), bf16=False)\n"
-        "import peers; peers.peers_on = lambda device: ('selfplay', 'trl tuned, batch 4', 'naive')\n"
-        "found = training.measure('train-group-m3', 1, 1e9, budget=1e9, setup=setup)\n"
-        "print(found['counts'], found['tuned'], sorted(found['peers']), found['left_out'])"
+        "import contextlib, io, json, pathlib, machine, peer, runs, training\n"
+        f"machine.OUT = pathlib.Path({str(tmp_path)!r})\n"
+        "def once(name, command, *, device):\n"
+        "    with contextlib.redirect_stdout(io.StringIO()) as printed:\n"
+        "        peer.main(*command[1:])\n"
+        "    return json.loads(printed.getvalue().splitlines()[-1])\n"
+        "runs.once = once\n"
+        "import peers; peers.peers_on = lambda device: ('selfplay', 'trl tuned, batch 4', 'trl default', 'naive')\n"
+        "found = training.measure('train-group-m3', 1, 1e9, budget=1e9, setup=machine.make_setup('cpu', 'tiny'))\n"
+        "print(found['counts'], found['tuned'], list(found['peers']), found['left_out'])"
     )
-    assert ask(code) == "True trl tuned, batch 4 ['naive', 'selfplay', 'trl tuned, batch 4'] []"
+    assert ask(code) == "True trl tuned, batch 4 ['selfplay', 'trl tuned, batch 4', 'trl default', 'naive'] []"
