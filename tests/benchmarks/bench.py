@@ -21,18 +21,20 @@ from training import MEMORY, TRAINING, gemm_rate, measure
 from wholes import ENGINES, measure_engines, measure_round, measure_scale
 
 IDS = (*TRAINING, *MEMORY, *ENGINES, "round", "scale")
-# What each may take on two cores, gradient check apart, so that all end within half an hour.
+# Seconds of each on two cores after which no further peer is started: with the gradient checks, and the peers that are
+# running then, all end within half an hour. What the goals are about comes first, and TRL with its defaults on long prompts and
+# groups is left to --full.
 SECONDS = {
     "train-pair": 240,
-    "train-long-prompt": 190,
-    "train-group-m3": 150,
-    "train-group-m6": 180,
+    "train-long-prompt": 90,
+    "train-group-m3": 90,
+    "train-group-m6": 150,
     "memory": 90,
-    "memory-double": 140,
+    "memory-double": 100,
     "generate": 120,
     "hand-off": 40,
     "judge": 90,
-    "round": 330,
+    "round": 300,
     "scale": 100,
 }
 
