@@ -219,29 +219,30 @@ def _our_reference(trainer: Any, pairs: list[PreferencePair], steps: list[list[i
     return ReferenceLogps(*sums_CB)
 
 
-def _trl(setup: Setup, work: Work, changes: dict[str, Any]) -> float:
-    from datasets import Dataset
-    from transformers import AutoTokenizer
-    from trl import DPOConfig, DPOTrainer
+def same_ids_trainer() -> Any:
+    """TRL's DPOTrainer, which takes token ids as they are: every peer trains on the same ones, and tokenizing is not timed."""
+    from trl import DPOTrainer
 
     class SameIds(DPOTrainer):
-        """Takes token ids as they are, so that every peer trains on the same ones and tokenizing is not timed."""
-
         def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
             return dataset
 
+    return SameIds
+
+
+def ids_row(prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence[int]) -> dict[str, Any]:
+    """A pair as that trainer takes it."""
+    ids = {"prompt_ids": list(prompt), "chosen_ids": list(chosen), "rejected_ids": list(rejected)}
+    return {"prompt": "", "chosen": "", "rejected": "", **ids}
+
+
+def _trl(setup: Setup, work: Work, changes: dict[str, Any]) -> float:
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+    from trl import DPOConfig
+
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    rows = [
-        {
-            "prompt": "",
-            "chosen": "",
-            "rejected": "",
-            "prompt_ids": list(p.prompt_token_ids),
-            "chosen_ids": list(p.chosen_token_ids),
-            "rejected_ids": list(p.rejected_token_ids),
-        }
-        for p in work.pairs
-    ]
+    rows = [ids_row(p.prompt_token_ids, p.chosen_token_ids, p.rejected_token_ids) for p in work.pairs]
     batch = changes["per_device_train_batch_size"]
     args = DPOConfig(
         output_dir=str(Path(setup.model).parent / "unused"),
@@ -270,5 +271,5 @@ def _trl(setup: Setup, work: Work, changes: dict[str, Any]) -> float:
     data = Dataset.from_list(rows)
     with contextlib.redirect_stdout(io.StringIO()):
         started = _now(setup)
-        SameIds(policy, reference, args=args, train_dataset=data, processing_class=tokenizer).train()
+        same_ids_trainer()(policy, reference, args=args, train_dataset=data, processing_class=tokenizer).train()
         return _now(setup) - started

@@ -43,7 +43,7 @@ def main(kind: str, told: str, prompts: str, out: str) -> None:
 
 
 def sample(kind: str, setup: Setup, prompts: list[str]) -> list[dict[str, Any]]:
-    """Each prompt with the texts of its completions."""
+    """The token ids of each prompt, and the ids and texts of its completions."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(setup.model, padding_side="left")
@@ -51,50 +51,50 @@ def sample(kind: str, setup: Setup, prompts: list[str]) -> list[dict[str, Any]]:
         tokenizer.apply_chat_template([{"role": "user", "content": p}], add_generation_prompt=True, tokenize=False)
         for p in prompts
     ]
-    drawn = (_by_vllm if kind == "tuned" else _by_transformers)(setup, tokenizer, texts)
-    return [{"prompt": p, "completions": c} for p, c in zip(prompts, drawn, strict=True)]
+    ids = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    drawn = (_by_vllm if kind == "tuned" else _by_transformers)(setup, tokenizer, ids)
+    read = [[tokenizer.decode(one, skip_special_tokens=True).strip() for one in group] for group in drawn]
+    return [{"prompt": p, "ids": c, "texts": t} for p, c, t in zip(ids, drawn, read, strict=True)]
 
 
-def _by_vllm(setup: Setup, tokenizer: Any, texts: list[str]) -> list[list[str]]:
+def _by_vllm(setup: Setup, tokenizer: Any, ids: list[list[int]]) -> list[list[list[int]]]:
     from vllm import LLM, SamplingParams
 
     from selfplay.generators.vllm import engine_arguments
 
     llm = LLM(**engine_arguments(_engine_settings(setup), on_cpu=setup.device == "cpu"))
     sampling = SamplingParams(n=NUM_COMPLETIONS, temperature=1.0, max_tokens=MAX_TOKENS, seed=1)
-    ids = [{"prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)} for text in texts]
-    return [[one.text.strip() for one in found.outputs] for found in llm.generate(ids, sampling, use_tqdm=False)]
+    found = llm.generate([{"prompt_token_ids": one} for one in ids], sampling, use_tqdm=False)
+    return [[list(one.token_ids) for one in group.outputs] for group in found]
 
 
-def _by_transformers(setup: Setup, tokenizer: Any, texts: list[str]) -> list[list[str]]:
+def _by_transformers(setup: Setup, tokenizer: Any, ids: list[list[int]]) -> list[list[list[int]]]:
     import torch
 
     torch.manual_seed(1)
     policy = new_model(setup, torch.bfloat16).eval()
-    drawn: list[list[str]] = [[] for _ in texts]
+    drawn: list[list[list[int]]] = [[] for _ in ids]
+    settings = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "pad_token_id": tokenizer.pad_token_id}
     for _ in range(NUM_COMPLETIONS):
-        for first in range(0, len(texts), SPIN_BATCH):
-            batch = texts[first : first + SPIN_BATCH]
-            told = tokenizer(batch, return_tensors="pt", padding=True, add_special_tokens=False).to(setup.device)
-            settings = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-            told.pop("token_type_ids", None)
-            pad = tokenizer.pad_token_id
-            found = policy.generate(**told, max_new_tokens=MAX_TOKENS, pad_token_id=pad, **settings)
-            new = tokenizer.batch_decode(found[:, told["input_ids"].shape[1] :], skip_special_tokens=True)
-            for place, text in enumerate(new, first):
-                drawn[place].append(text.strip())
+        for first in range(0, len(ids), SPIN_BATCH):
+            told = tokenizer.pad({"input_ids": ids[first : first + SPIN_BATCH]}, return_tensors="pt").to(setup.device)
+            found = policy.generate(**told, max_new_tokens=MAX_TOKENS, **settings)
+            for place, row in enumerate(found[:, told["input_ids"].shape[1] :].tolist(), first):
+                ended = row.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in row else len(row)
+                drawn[place].append(row[:ended])
     return drawn
 
 
 def judge_and_pair(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Preference pairs in TRL's conversational form."""
+    """Preference pairs, as token ids as they were sampled."""
+    from peers import ids_row
+
     pairs = []
     for group in groups:
-        texts = [text for text in dict.fromkeys(group["completions"]) if text]
-        for chosen, rejected in choose([score(text) for text in texts], max_pairs=MAX_PAIRS):
-            both = {"chosen": texts[chosen], "rejected": texts[rejected]}
-            row = {name: [{"role": "assistant", "content": text}] for name, text in both.items()}
-            pairs.append({"prompt": [{"role": "user", "content": group["prompt"]}], **row})
+        usable = {text: ids for text, ids in zip(group["texts"], group["ids"], strict=True) if text}
+        completions = list(usable.values())
+        for chosen, rejected in choose([score(text) for text in usable], max_pairs=MAX_PAIRS):
+            pairs.append(ids_row(group["prompt"], completions[chosen], completions[rejected]))
     return pairs
 
 
@@ -102,8 +102,9 @@ def train(setup: Setup, kind: str, pairs: list[dict[str, Any]], out: str) -> Non
     """One epoch of DPO; the policy is saved under `out`."""
     import torch
     from datasets import Dataset
+    from peers import same_ids_trainer
     from transformers import AutoTokenizer
-    from trl import DPOConfig, DPOTrainer
+    from trl import DPOConfig
 
     alone = 1 if setup.device == "cpu" else 8
     batch_size = math.gcd(alone, BATCH_SIZE) if kind == "tuned" else BATCH_SIZE
@@ -128,9 +129,8 @@ def train(setup: Setup, kind: str, pairs: list[dict[str, Any]], out: str) -> Non
     )
     policy, tokenizer = new_model(setup, torch.float32), AutoTokenizer.from_pretrained(setup.model)
     reference = new_model(setup, torch.float32) if setup.is_random and kind != "tuned" else None
-    trainer = DPOTrainer(
-        policy, reference, args=args, train_dataset=Dataset.from_list(pairs), processing_class=tokenizer
-    )
+    data = Dataset.from_list(pairs)
+    trainer = same_ids_trainer()(policy, reference, args=args, train_dataset=data, processing_class=tokenizer)
     trainer.train()
     trainer.save_model(str(Path(out) / "policy"))
 
