@@ -2,10 +2,9 @@
 
     python rival.py KIND SETUP PROMPTS OUT
 
-KIND "tuned" is as good as we could make it: vLLM with the settings that our own engine found best, TRL with the reference's
-logps computed beforehand and no checkpointing. KIND "spin" has the shape of the published code of SPIN (arXiv:2401.01335):
-transformers.generate on a padded batch, a completion of each prompt at a time, and TRL with its defaults. Sampling has a
-process of its own, whose memory is free when training starts.
+KIND "tuned" is as good as we could make it: vLLM with the settings of our own engine, TRL with the reference's logps computed
+beforehand and no checkpointing. KIND "spin" has the shape of SPIN's code (arXiv:2401.01335): transformers.generate on a padded
+batch, a completion of each prompt at a time, and TRL with its defaults. Sampling has a process of its own.
 """
 
 import json
@@ -14,6 +13,7 @@ import subprocess
 import sys
 import time
 import warnings
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +22,23 @@ from rules import BATCH_SIZE, MAX_PAIRS, MAX_TOKENS, NUM_COMPLETIONS, choose, sc
 from work import BETA, LEARNING_RATE
 
 TUNED = {"precompute_ref_log_probs": True, "gradient_checkpointing": False}
+QUIET: dict[str, Any] = {"report_to": [], "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
 SPIN_BATCH = 16  # prompts, as in SPIN's generate.py
 
 
 def main(kind: str, told: str, prompts: str, out: str) -> None:
     """The whole round; prints the seconds of its stages."""
-    setup, seconds = Setup(**json.loads(told)), {}
-    started = time.perf_counter()
+    setup, times = Setup(**json.loads(told)), [time.perf_counter()]
     groups = Path(out) / "groups.json"
     command = [sys.executable, __file__, f"sample {kind}", told, prompts, str(groups)]
     subprocess.run(command, env=_engine_environment(setup, kind), check=True, stdout=sys.stderr)
-    seconds["sample"] = time.perf_counter() - started
-    started = time.perf_counter()
+    times.append(time.perf_counter())
     pairs = judge_and_pair(json.loads(groups.read_text()))
-    seconds["judge"] = time.perf_counter() - started
-    started = time.perf_counter()
+    times.append(time.perf_counter())
     train(setup, kind, pairs, out)
-    seconds["train"] = time.perf_counter() - started
-    print(json.dumps({"stages": seconds, "num_pairs": len(pairs)}))
+    times.append(time.perf_counter())
+    stages = dict(zip(("sample", "judge", "train"), (b - a for a, b in pairwise(times)), strict=True))
+    print(json.dumps({"stages": stages, "num_pairs": len(pairs)}))
 
 
 def sample(kind: str, setup: Setup, prompts: list[str]) -> list[dict[str, Any]]:
@@ -47,11 +46,8 @@ def sample(kind: str, setup: Setup, prompts: list[str]) -> list[dict[str, Any]]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(setup.model, padding_side="left")
-    texts = [
-        tokenizer.apply_chat_template([{"role": "user", "content": p}], add_generation_prompt=True, tokenize=False)
-        for p in prompts
-    ]
-    ids = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    told = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    ids = [tokenizer.apply_chat_template(one, add_generation_prompt=True, return_dict=False) for one in told]
     drawn = (_by_vllm if kind == "tuned" else _by_transformers)(setup, tokenizer, ids)
     read = [[tokenizer.decode(one, skip_special_tokens=True).strip() for one in group] for group in drawn]
     return [{"prompt": p, "ids": c, "texts": t} for p, c, t in zip(ids, drawn, read, strict=True)]
@@ -117,17 +113,15 @@ def train(setup: Setup, kind: str, pairs: list[dict[str, Any]], out: str) -> Non
         lr_scheduler_type="constant",
         beta=BETA,
         max_length=None,
-        report_to=[],
-        save_strategy="no",
-        logging_strategy="no",
+        **QUIET,
         use_cpu=setup.device == "cpu",
         bf16=setup.bf16,
         dataloader_pin_memory=setup.device == "cuda",
-        disable_tqdm=True,
         **(TUNED if kind == "tuned" else {}),
         **({"optim": setup.optim} if setup.optim == "adamw_bnb_8bit" else {}),
     )
     policy, tokenizer = new_model(setup, torch.float32), AutoTokenizer.from_pretrained(setup.model)
+    # TRL would load it from the policy's folder, where random weights of another dtype lie
     reference = new_model(setup, torch.float32) if setup.is_random and kind != "tuned" else None
     data = Dataset.from_list(pairs)
     trainer = same_ids_trainer()(policy, reference, args=args, train_dataset=data, processing_class=tokenizer)
@@ -150,8 +144,9 @@ def _engine_environment(setup: Setup, kind: str) -> dict[str, str] | None:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     if sys.argv[1].startswith("sample "):
-        _, kind, *_ = sys.argv[1].split()
         asked = [json.loads(line)["prompt"] for line in Path(sys.argv[3]).read_text().splitlines()]
-        Path(sys.argv[4]).write_text(json.dumps(sample(kind, Setup(**json.loads(sys.argv[2])), asked)))
+        Path(sys.argv[4]).write_text(
+            json.dumps(sample(sys.argv[1].split()[1], Setup(**json.loads(sys.argv[2])), asked))
+        )
     else:
         main(*sys.argv[1:])
