@@ -121,7 +121,6 @@ def train(setup: Setup, kind: str, pairs: list[dict[str, Any]], out: str) -> Non
         **({"optim": setup.optim} if setup.optim == "adamw_bnb_8bit" else {}),
     )
     policy, tokenizer = new_model(setup, torch.float32), AutoTokenizer.from_pretrained(setup.model)
-    # TRL would load it from the policy's folder, where random weights of another dtype lie
     reference = new_model(setup, torch.float32) if setup.is_random and kind != "tuned" else None
     data = Dataset.from_list(pairs)
     trainer = same_ids_trainer()(policy, reference, args=args, train_dataset=data, processing_class=tokenizer)
@@ -143,10 +142,9 @@ def _engine_environment(setup: Setup, kind: str) -> dict[str, str] | None:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    if sys.argv[1].startswith("sample "):
-        asked = [json.loads(line)["prompt"] for line in Path(sys.argv[3]).read_text().splitlines()]
-        Path(sys.argv[4]).write_text(
-            json.dumps(sample(sys.argv[1].split()[1], Setup(**json.loads(sys.argv[2])), asked))
-        )
+    first, told, prompts, out = sys.argv[1:]
+    if first.startswith("sample "):
+        asked = [json.loads(line)["prompt"] for line in Path(prompts).read_text().splitlines()]
+        Path(out).write_text(json.dumps(sample(first.split()[1], Setup(**json.loads(told)), asked)))
     else:
-        main(*sys.argv[1:])
+        main(first, told, prompts, out)
