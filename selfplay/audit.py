@@ -4,6 +4,7 @@ A judge rots quietly: it says the same of everything, follows the place or the l
 Each figure names one of these, and where one is far out an alarm says so. Alarms stop nothing: `max_unparsed` does that.
 """
 
+from array import array
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -45,19 +46,24 @@ def audit(
     questions that were asked several times (self_agreement.py), `canaries` and `canary_loss_rate` of canaries.py.
     """
     shown = judgements or ()
-    rows = [judgement.scores for judgement in shown]
-    flat = [score for row in rows for score in row]
-    scores = [score for score in flat if score is not None]
-    lengths = [[float(len(c.token_ids)) for c in group.completions] for group in groups] if judgements else []
-    with_itself, with_length = sign_counts(rows, rows), sign_counts(rows, lengths)
+    scores, num_asked, compared, flipped = array("d"), 0, 0, 0
+    with_itself, with_length = sign_counts([], []), sign_counts([], [])
+    # a prompt at a time: groups and judgements may be too many to hold
+    for group, judgement in zip(groups if shown else (), shown, strict=True):
+        row = judgement.scores
+        num_asked += len(row)
+        scores.extend(score for score in row if score is not None)
+        with_itself += sign_counts([row], [row])
+        with_length += sign_counts([row], [[float(len(c.token_ids)) for c in group.completions]])
+        compared += judgement.num_compared
+        flipped += judgement.num_flipped
     asked_again = repeated(shown)
-    compared = sum(judgement.num_compared for judgement in shown)
     figures: dict[str, Any] = {
         "num_scores": len(scores),
         "num_compared": compared,
-        "parse_rate": len(scores) / len(flat) if flat else None,
+        "parse_rate": len(scores) / num_asked if num_asked else None,
         "tie_rate": float(with_itself[1, 1] / with_itself.sum()) if with_itself.sum() else None,
-        "swap_consistency": 1 - sum(j.num_flipped for j in shown) / compared if compared else None,
+        "swap_consistency": 1 - flipped / compared if compared else None,
         "ceiling": max(scores, default=None),
         "ceiling_share": scores.count(max(scores)) / len(scores) if scores else None,
         "length_correlation": kendall(with_length),

@@ -10,7 +10,8 @@ from selfplay.evaluate import panel_figures
 from selfplay.progress import Reporter
 from selfplay.protocols import Generator, Judge, JudgeContext
 from selfplay.recipe import Recipe
-from selfplay.stages import Judging, greedy, judge_each, read_shards, sample_groups, sampling_at, shards, timed
+from selfplay.records import Records
+from selfplay.stages import Judging, greedy, judge_each, sample_groups, sampling_at, shards, timed
 from selfplay.train.kl import KLJob
 from selfplay.types import Group, Judgement, Prompt, Sampling, derive_seed
 
@@ -77,7 +78,7 @@ class Panel:
 
     def _groups(
         self, source: HeldOut, generator: Generator, folder: Path, name: str, sampling: Sampling, round: int
-    ) -> list[Group]:
+    ) -> Sequence[Group]:
         label = f"panel of the {'initial policy' if round < 0 else f'policy of round {round}'}, {_named(name, source)}"
         shards = folder / "heldout" / source.name / name
         return sample_groups(generator, source.prompts, sampling, shards, self.report, label)
@@ -130,12 +131,13 @@ class Panel:
 
     def _read(
         self, heldout: Path, name: str, sources: Sequence[HeldOut], *, judged: bool
-    ) -> tuple[list[Group], list[Judgement] | None]:
+    ) -> tuple[Sequence[Group], Sequence[Judgement] | None]:
         folders = [heldout / source.name for source in sources]
-        groups = [g for folder in folders for g in read_shards(folder / name, Group)]
+        groups = Records(Group, [path for folder in folders for path in shards(folder / name)])
         if not judged or not groups or any(source.judge is None for source in sources):
             return groups, None
-        return groups, [j for folder in folders for j in read_shards(folder / f"{name}-judgements", Judgement)]
+        paths = [path for folder in folders for path in shards(folder / f"{name}-judgements")]
+        return groups, Records(Judgement, paths)
 
 
 def _named(draw: str, source: HeldOut) -> str:

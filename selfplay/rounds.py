@@ -90,7 +90,7 @@ def draw_prompts(round: Round) -> dict[str, tuple[Prompt, ...]]:
 
 def draw_groups(
     round: Round, generator: Generator, prompts: Mapping[str, tuple[Prompt, ...]]
-) -> dict[str, list[Group]]:
+) -> dict[str, Sequence[Group]]:
     """The completions of the round's prompts under the policy that it starts from; each source has its own folder."""
     sampling = sampling_at(round.run.recipe.generator, round.index, seed=round.seed("sample"))
     groups = {}
@@ -102,7 +102,7 @@ def draw_groups(
     return groups
 
 
-def judge(round: Round, generator: Generator, groups: Mapping[str, list[Group]]) -> dict[str, list[Judgement]]:
+def judge(round: Round, generator: Generator, groups: Mapping[str, Sequence[Group]]) -> dict[str, Sequence[Judgement]]:
     """The scores that each source's judge gives; a source without a judge is not among them."""
     context = JudgeContext(round.index, round.seed("judge"), generator)
     asked = {
@@ -121,7 +121,7 @@ def judge(round: Round, generator: Generator, groups: Mapping[str, list[Group]])
 
 
 def show_canaries(
-    round: Round, source: Source, groups: list[Group], context: JudgeContext, judgements: Sequence[Judgement]
+    round: Round, source: Source, groups: Sequence[Group], context: JudgeContext, judgements: Sequence[Judgement]
 ) -> None:
     """Shows the judge completions that must lose, after all real ones and in a folder of their own."""
     if not source.num_canaries or source.judge is None:
@@ -135,7 +135,7 @@ def show_canaries(
 
 
 def pair(
-    round: Round, groups: Mapping[str, list[Group]], judgements: Mapping[str, list[Judgement]]
+    round: Round, groups: Mapping[str, Sequence[Group]], judgements: Mapping[str, Sequence[Judgement]]
 ) -> dict[str, Selection]:
     """The round's preference pairs, each source's by its own selector and filters."""
     pairings = {
@@ -151,7 +151,7 @@ def pair(
     return selections
 
 
-def pairing(round: Round, source: Source, groups: list[Group], judgements: list[Judgement] | None) -> Pairing:
+def pairing(round: Round, source: Source, groups: Sequence[Group], judgements: Sequence[Judgement] | None) -> Pairing:
     """What the pairs of one source are made of."""
     run, recipe, seed = round.run, source.recipe.pairs, round.seed("pair")
 

@@ -1,7 +1,7 @@
 """How far a judge agrees with itself, from the verdicts that it gave on one question where it was asked several times."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import combinations
 
 from selfplay.types import Judgement
@@ -9,10 +9,10 @@ from selfplay.types import Judgement
 Rows = list[list[float]]  # per question the verdicts that could be read
 
 
-def repeated(judgements: Sequence[Judgement]) -> list[Rows]:
-    """Per prompt the questions with two verdicts or more that could be read."""
-    rows = [[[v for v in row if v is not None] for row in judgement.verdicts] for judgement in judgements]
-    return [[row for row in prompt if len(row) > 1] for prompt in rows]
+def repeated(judgements: Iterable[Judgement]) -> list[Rows]:
+    """Per prompt that has any, the questions with two verdicts or more that could be read."""
+    rows = ([[v for v in row if v is not None] for row in judgement.verdicts] for judgement in judgements)
+    return [found for prompt in rows if (found := [row for row in prompt if len(row) > 1])]
 
 
 def self_agreement(prompts: Sequence[Rows]) -> float | None:

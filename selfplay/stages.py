@@ -29,6 +29,7 @@ from selfplay.protocols import (
 )
 from selfplay.recipe import GeneratorRecipe
 from selfplay.recipe_values import at_round
+from selfplay.records import Records
 from selfplay.types import Group, Judgement, Prompt, Sampling
 
 SHARD_PROMPTS = 256
@@ -73,9 +74,9 @@ def write_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
 
 def sample_groups(
     generator: Generator, prompts: Sequence[Prompt], sampling: Sampling, folder: Path, report: Reporter, name: str
-) -> list[Group]:
+) -> Sequence[Group]:
     """One group per prompt, in the prompts' order, in shards of a fixed composition."""
-    groups: list[Group] = []
+    groups = Records(Group)
     with contextlib.ExitStack() as stack:
         advance = None
         for number in range(0, len(prompts), SHARD_PROMPTS):
@@ -84,13 +85,12 @@ def sample_groups(
             if not path.exists():
                 count = sampling.num_completions
                 advance = advance or stack.enter_context(
-                    report.stage(name, len(prompts) * count, "completions", done=len(groups) * count)
+                    report.stage(name, len(prompts) * count, "completions", done=number * count)
                 )
-                store.write_records(path, _generate(generator, chunk, sampling, advance, len(groups)), Group)
-            found = store.read_records(path, Group)
-            if [g.prompt.id for g in found] != [p.id for p in chunk]:
+                store.write_records(path, _generate(generator, chunk, sampling, advance, number), Group)
+            groups.add(path)
+            if [g.prompt.id for g in groups[number:]] != [p.id for p in chunk]:
                 raise StorageError(f"{path}: holds the groups of other prompts; delete it to sample them anew")
-            groups += found
     return groups
 
 
@@ -103,9 +103,9 @@ def shards(folder: Path) -> list[Path]:
     return sorted(folder.glob("[0-9]*.jsonl"))
 
 
-def read_shards(folder: Path, kind: type[R]) -> list[R]:
+def read_shards(folder: Path, kind: type[R]) -> Sequence[R]:
     """The records of all shards of a folder."""
-    return [record for path in shards(folder) for record in store.read_records(path, kind)]
+    return Records(kind, shards(folder))
 
 
 def _generate(
@@ -130,9 +130,9 @@ def _generate(
 
 def judge_groups(
     judge: Judge, groups: Sequence[Group], context: JudgeContext, folder: Path, report: Reporter, name: str
-) -> list[Judgement]:
+) -> Sequence[Judgement]:
     """One checked judgement per group, in shards like the groups'."""
-    judgements: list[Judgement] = []
+    judgements = Records(Judgement)
     unit, done = "prompts" if _verdicts_of(judge, groups) is None else "verdicts", 0
     with contextlib.ExitStack() as stack:
         advance = None
@@ -152,10 +152,9 @@ def judge_groups(
                 store.write_records(path, judge_checked(judge, chunk, told), Judgement)
                 advance(done + (len(chunk) if count is None else count))
             done += len(chunk) if count is None else count
-            found = store.read_records(path, Judgement)
-            if [j.prompt_id for j in found] != [g.prompt.id for g in chunk]:
+            judgements.add(path)
+            if [j.prompt_id for j in judgements[number:]] != [g.prompt.id for g in chunk]:
                 raise StorageError(f"{path}: holds the judgements of other prompts; delete it to judge anew")
-            judgements += found
     return judgements
 
 
@@ -202,13 +201,13 @@ class Judging:
 
 def judge_each(
     asked: Sequence[Judging], context: JudgeContext, report: Reporter, *, seconds: tuple[Path, str] | None = None
-) -> list[list[Judgement]]:
+) -> list[Sequence[Judgement]]:
     """The judgements of each. The members of a combination judge like others, in folders of their own. A judge that is asked
     several times is opened once; those with a model of their own come last, one after the other. `seconds` names the folder
     and the stage that the time counts for.
     """
     single = [part for one in asked for part in _parts(one)]
-    found: dict[Path, list[Judgement]] = {}
+    found: dict[Path, Sequence[Judgement]] = {}
 
     def judged(judge: Judge, one: Judging) -> None:
         with timed(*seconds) if seconds is not None else contextlib.nullcontext():

@@ -183,24 +183,31 @@ def read_json_lines(path: Path) -> list[Any]:
 
 
 def write_records(path: Path, records: Iterable[Any], kind: type[Any]) -> None:
-    """Records of one kind as JSON lines."""
+    """Records of one kind as JSON lines, one at a time."""
     adapter = _ADAPTERS[kind]
-    write_bytes(path, b"".join(adapter.dump_json(record) + b"\n" for record in records))
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            file.writelines(adapter.dump_json(record) + b"\n" for record in records)
+
+    write_file(path, write)
 
 
 def read_records(path: Path, kind: type[R]) -> list[R]:
     """The records of a JSON-lines file. StorageError names the line that is no such record."""
-    adapter = _ADAPTERS[kind]
-    records = []
-    for number, line in enumerate(read_bytes(path).split(b"\n"), 1):
-        if line:
-            try:
-                records.append(adapter.validate_json(line))
-            except ValidationError as error:
-                fault = error.errors()[0]
-                key = ".".join(str(part) for part in fault["loc"])
-                raise StorageError(f"{path}:{number}: not a {kind.__name__}: {key}: {fault['msg']}") from error
-    return records
+    lines = enumerate(read_bytes(path).split(b"\n"), 1)
+    return [parse_record(line, kind, path, number) for number, line in lines if line]
+
+
+def parse_record(line: bytes, kind: type[R], path: Path, number: int) -> R:
+    """The record of one line, which is the file's `number`-th."""
+    try:
+        record: R = _ADAPTERS[kind].validate_json(line)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        key = ".".join(str(part) for part in fault["loc"])
+        raise StorageError(f"{path}:{number}: not a {kind.__name__}: {key}: {fault['msg']}") from error
+    return record
 
 
 def write_folder(path: Path, write: Callable[[Path], object]) -> None:

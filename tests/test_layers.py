@@ -29,6 +29,7 @@ ORDER = (
     "recipe_file",
     "adapters",
     "store",
+    "records",
     "progress",
     "chat",
     "prompt_rows",

@@ -21,7 +21,7 @@ def judgement_of(*verdicts: tuple[float | None, ...]) -> Judgement:
 
 def test_only_questions_with_two_readable_verdicts_count() -> None:
     found = repeated([judgement_of((1.0, None), (2.0, 2.0, None)), Judgement("q", (1.0,))])
-    assert found == [[[2.0, 2.0]], []]
+    assert found == [[[2.0, 2.0]]]
     assert self_agreement(found) == 1.0
     assert self_agreement([]) is None
     assert self_reliability([]) is None

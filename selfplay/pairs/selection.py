@@ -1,8 +1,9 @@
 """All groups of a round through a selector, with every row accounted for."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import repeat
 from typing import Protocol, runtime_checkable
 
 from selfplay.errors import SelfplayError
@@ -65,8 +66,8 @@ def select_pairs(
     drops: list[Drop] = []
     unusable: Counter[str] = Counter()
     keep = isinstance(selector, _TreatsTruncated) and selector.truncated != "drop"
-    for n, group in enumerate(groups):
-        judgement = judgements[n] if judgements is not None else None
+    judged: Iterable[Judgement | None] = repeat(None, len(groups)) if judgements is None else judgements
+    for group, judgement in zip(groups, judged, strict=True):
         assert judgement is None or judgement.prompt_id == group.prompt.id
         reasons = [unusable_reason(group, i, judgement, keep_truncated=keep) for i in range(len(group.completions))]
         found = [_checked(pair, group, judgement) for pair in selector.select(group, judgement)]
