@@ -53,7 +53,7 @@ endif
 # --- targets ----------------------------------------------------------------------------------------------------
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-vllm check format lint types mini-data bench clean
+.PHONY: help quickstart test test-vllm check format lint types mini-data bench bench-gpu science clean
 # Two installs into one .venv at a time would corrupt it.
 .NOTPARALLEL:
 
@@ -96,8 +96,19 @@ mini-data: $(VENV)/.engine-$(ENGINE) ## fetch the real rows of the mini recipes 
 	  --set min_terms=2 --set max_terms=2 --set min_digits=1 --set max_digits=1
 
 # Several measurements, up to half an hour: nothing else should run. BENCH="train-pair memory" runs some.
-bench: $(VENV)/.engine-$(ENGINE) $(VENV)/.test $(MODEL)/config.json ## time training against its peers
+bench: $(VENV)/.engine-$(ENGINE) $(VENV)/.test $(MODEL)/config.json ## time training, engines and whole rounds against their peers
 	HF_HUB_OFFLINE=1 $(BIN)/python tests/benchmarks/bench.py $(BENCH)
+
+# Random weights, so nothing is fetched; peers that are not installed are named as left out.
+bench-gpu: $(VENV)/.engine-$(ENGINE) $(VENV)/.test ## the same with 1B and 8B random weights on one NVIDIA GPU
+	$(PIP) install -e ".[bnb]"
+	HF_HUB_OFFLINE=1 $(BIN)/python tests/benchmarks/bench.py --device cuda --size 1b $(BENCH)
+	HF_HUB_OFFLINE=1 $(BIN)/python tests/benchmarks/bench.py --device cuda --size 8b $(BENCH)
+
+# About 11 hours of one core in all, in pieces: what is finished is not played again. SCIENCE="B --arm coin --seed 0" plays
+# one arm; SCIENCE="A --instructions FILE --embeddings FOLDER" names what A needs. See tests/science/README.md.
+science: $(VENV)/.engine-$(ENGINE) $(VENV)/.test $(MODEL)/config.json ## play the experiments of tests/science/; again: goes on
+	HF_HUB_OFFLINE=1 $(BIN)/python tests/science/run.py $(SCIENCE)
 
 clean: ## remove .venv and caches; models/, data/ and runs/ stay
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis dist

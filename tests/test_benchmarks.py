@@ -28,29 +28,124 @@ def test_peers_run_in_turn_and_what_time_does_not_allow_is_named() -> None:
 
 
 def test_every_benchmark_has_its_share_of_half_an_hour() -> None:
-    assert (
-        ask("from bench import IDS, SECONDS; print(set(IDS) == set(SECONDS), sum(SECONDS.values()) < 1700)")
-        == "True True"
+    code = "from bench import IDS, SECONDS; print(set(IDS) == set(SECONDS), sum(SECONDS.values()) < 1700)"
+    assert ask(code) == "True True"
+
+
+def test_a_peer_that_can_not_run_is_asked_once_and_named_with_the_reason() -> None:
+    code = (
+        "import runs\n"
+        "asked = []\n"
+        "def once(name, command, *, device):\n"
+        "    asked.append(name)\n"
+        "    return {'left_out': 'vllm not installed'} if name == 'b' else {'seconds': 1.0}\n"
+        "runs.once = once\n"
+        "found, left = runs.interleaved({'b': [], 'a': []}, 2, seconds=1e9)\n"
+        "print({k: len(v) for k, v in found.items()}, left, asked)"
     )
+    assert ask(code) == "{'a': 2} ['b: vllm not installed'] ['b', 'a', 'a']"
+
+
+def test_the_packages_that_a_peer_needs_are_known_before_it_runs() -> None:
+    code = (
+        "from machine import Setup, missing; from peers import PEERS, needs, peers_on\n"
+        "eight = Setup('m', 'cuda', '8b', 'adamw_bnb_8bit')\n"
+        "print(needs('trl default', Setup('m')), needs('selfplay', eight), missing(('json', 'no_such_package')), \n"
+        "      all(name in PEERS for device in ('cpu', 'cuda') for name in peers_on(device)))"
+    )
+    assert ask(code) == "('trl', 'datasets') ('bitsandbytes',) no_such_package not installed True"
+
+
+def test_a_gpu_gets_more_pairs_a_step_and_the_least_work_grows_with_them() -> None:
+    code = (
+        "from work import make_work, one_step; from flops import Size, shared_flops, padded_flops\n"
+        "size = Size(100, 10)\n"
+        "def least(work): return shared_flops(size, work.pairs, reference_pass=True)\n"
+        "once, twice = (make_work('train-group-m6', times=n) for n in (1, 2))\n"
+        "print(len(once.pairs), len(twice.pairs), twice.pairs_per_step, len(one_step(twice).pairs),\n"
+        "      once.pairs[0] == twice.pairs[0], least(twice) == 2 * least(once),\n"
+        "      least(once) == 8.0 * (100 * 3 * (256 + 4 * 128) + 10 * 3 * 4 * 128),\n"
+        "      padded_flops(size, once.pairs, batch_size=1, reference_pass=True) == 8.0 * 110 * 18 * 2 * 384)"
+    )
+    assert ask(code) == "18 36 12 12 True True True True"
+
+
+def test_the_round_benchmark_pairs_as_selfplay_does() -> None:
+    code = (
+        "import random; from rules import MAX_PAIRS, choose, score\n"
+        "from selfplay.pairs import TopKVsBottomK; from selfplay.types import Completion, Group, Judgement, Message, Prompt\n"
+        "draw, same = random.Random(0), []\n"
+        "for _ in range(50):\n"
+        "    texts = ['x' * n for n in draw.sample(range(1, 1000), 4)]\n"
+        "    scores = [score(text) for text in texts]\n"
+        "    group = Group(Prompt('p', (Message('user', 'q'),)), (1,), tuple(Completion(t, (len(t), 2)) for t in texts))\n"
+        "    pairs = TopKVsBottomK(2, 0.0, MAX_PAIRS).select(group, Judgement('p', tuple(scores)))\n"
+        "    edges = [(p.chosen_index, p.rejected_index) for p in pairs]\n"
+        "    same.append(len(edges) == 2 and edges == choose(scores, max_pairs=MAX_PAIRS))\n"
+        "print(all(same))"
+    )
+    assert ask(code) == "True"
+
+
+def test_a_scale_is_flat_and_linear_or_says_that_it_is_not() -> None:
+    code = (
+        "from wholes import scaled\n"
+        "def row(seconds, mib): return [{'seconds': seconds, 'peak_bytes': mib * 2**20}]\n"
+        "good = scaled({'100 prompts': row(50.0, 120), '10 prompts': row(5.0, 100)})\n"
+        "bad = scaled({'10 prompts': row(5.0, 100), '100 prompts': row(60.0, 200)})\n"
+        "print([(r['is_flat'], r['is_linear'], r['ratios']) for r in (good, bad)])"
+    )
+    assert ask(code) == "[(True, True, {'100 prompts': 1.0}), (False, False, {'100 prompts': 1.2})]"
 
 
 def test_every_result_has_the_same_keys_and_a_peer_that_was_left_out_has_no_ratio() -> None:
     code = (
-        "import io, bench, training, runs\n"
+        "import io, bench, tables, training, runs, wholes\n"
         "from flops import Size\n"
         "from rich.console import Console\n"
-        "row = {'seconds': 2.0, 'peak_bytes': 8, 'tokens': 4}\n"
-        "runs.once = lambda name, command: dict(row)\n"
-        "training.gradient_check = lambda id: 0.0\n"
-        "training.model_size = lambda: Size(100, 10)\n"
-        "kept = {'ratio_tuned', 'ratio_default', 'bound', 'percent_of_limit', 'gradient_check'}\n"
+        "row = {'seconds': 2.0, 'peak_bytes': 8, 'tokens': 4, 'stages': {'train': 1.0, 'sample': 0.5}}\n"
+        "row['work'] = [{'least_flops': 1.0, 'padded_flops': 2.0}]\n"
+        "absent = set()\n"
+        "def once(name, command, *, device): return {'left_out': 'not installed'} if name in absent else dict(row)\n"
+        "runs.once = once\n"
+        "training.gradient_check = lambda id, setup: 0.0\n"
+        "training.model_size = lambda setup: Size(100, 10)\n"
+        "def every(budget):\n"
+        "    return [training.measure('train-pair', 2, 1e9, budget=budget),\n"
+        "            wholes.measure_engines('judge', 2, budget=budget), wholes.measure_round(2, 1e9, budget=budget),\n"
+        "            wholes.measure_scale(1, budget=budget, full=False)]\n"
+        "kept = {'ratio_tuned', 'ratio_default', 'bound', 'percent_of_limit', 'gradient_check', 'id', 'measures'}\n"
         "kept |= {'peers', 'versions', 'left_out'}\n"
-        "whole = [training.measure('train-pair', 2, 1e9, budget=1e9), bench.measure_engines('generate', 2, budget=1e9)]\n"
-        "short = [training.measure('train-pair', 2, 1e9, budget=0), bench.measure_engines('judge', 1, budget=0)]\n"
+        "whole, short = every(1e9), every(0)\n"
+        "absent |= {'selfplay', 'judge', '10000 prompts', '100000 prompts'}\n"
+        "without = every(1e9)\n"
         "text = io.StringIO()\n"
-        "bench.print_training([whole[0], short[0]], Console(file=text, width=200))\n"
-        "bench.print_engines([whole[1], short[1]], Console(file=text, width=200))\n"
-        "ratios = [r['ratio_tuned'] for r in (*whole, *short)]\n"
-        "print(all(kept <= set(r) for r in (*whole, *short)), ratios, 'left out' in text.getvalue())"
+        "for results in (whole, short, without):\n"
+        "    console = Console(file=text, width=200)\n"
+        "    tables.print_training(results[:1], console)\n"
+        "    tables.print_others(results[1:], console)\n"
+        "    tables.print_left_out(results, console)\n"
+        "results = [*whole, *short, *without]\n"
+        "shown = text.getvalue()\n"
+        "print(all(kept <= set(r) for r in results), [r['ratio_tuned'] for r in results], whole[2]['bound'],\n"
+        "      'left out: selfplay: not installed' in shown, 'Traceback' in shown)"
     )
-    assert ask(code) == "True [1.0, 1.0, None, None] True"
+    ratios = [1.0, 1.0, 1.0, None, *[None] * 8]
+    assert ask(code) == f"True {ratios} {2.0 / 1.5} True False"
+
+
+def test_the_smallest_size_runs_through_every_trainer_on_the_cpu(tmp_path: Path) -> None:
+    """The code path of a GPU's random weights, each peer's own program, in one process to import once."""
+    code = (
+        "import contextlib, io, json, pathlib, machine, peer, runs, training\n"
+        f"machine.OUT = pathlib.Path({str(tmp_path)!r})\n"
+        "def once(name, command, *, device):\n"
+        "    with contextlib.redirect_stdout(io.StringIO()) as printed:\n"
+        "        peer.main(*command[1:])\n"
+        "    return json.loads(printed.getvalue().splitlines()[-1])\n"
+        "runs.once = once\n"
+        "import peers; peers.peers_on = lambda device: ('selfplay', 'trl tuned, batch 4', 'trl default', 'naive')\n"
+        "found = training.measure('train-group-m3', 1, 1e9, budget=1e9, setup=machine.make_setup('cpu', 'tiny'))\n"
+        "print(found['counts'], found['tuned'], list(found['peers']), found['left_out'])"
+    )
+    assert ask(code) == "True trl tuned, batch 4 ['selfplay', 'trl tuned, batch 4', 'trl default', 'naive'] []"

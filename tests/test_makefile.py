@@ -9,7 +9,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-TARGETS = {"quickstart", "test", "test-vllm", "check", "format", "lint", "types", "mini-data", "bench", "clean"}
+TARGETS = {
+    "quickstart",
+    "test",
+    "test-vllm",
+    "check",
+    "format",
+    "lint",
+    "types",
+    "mini-data",
+    "bench",
+    "bench-gpu",
+    "science",
+    "clean",
+}
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 
 

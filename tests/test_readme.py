@@ -116,7 +116,7 @@ def test_the_file_map_names_what_is_there() -> None:
     tree = {
         p.name + ("/" if p.is_dir() else "") for p in (ROOT / "selfplay").rglob("*") if "__pycache__" not in p.parts
     }
-    tree |= {"selfplay/", "recipes/", "tests/", "data/", "vllm/", "invariants/", "faults/", "tiny.py"}
+    tree |= {"selfplay/", "recipes/", "tests/", "data/", "vllm/", "invariants/", "faults/", "science/", "tiny.py"}
     assert set(names) <= tree
     modules = {p.name for p in (ROOT / "selfplay").glob("*.py")} - {"__init__.py", "__main__.py"}
     assert modules <= set(names)

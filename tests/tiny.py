@@ -34,12 +34,17 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def make_tiny_tokenizer(*, pad_is_eos: bool = False, chat_template: str | None = TEMPLATE) -> Any:
-    """A fast byte-level BPE tokenizer: ids 0-5 are SPECIAL, then 256 bytes, then the merges. It adds no bos by itself."""
+def make_tiny_tokenizer(
+    *, pad_is_eos: bool = False, chat_template: str | None = TEMPLATE, num_tokens: int | None = None
+) -> Any:
+    """A fast byte-level BPE tokenizer: ids 0-5 are SPECIAL, then 256 bytes, then the merges, then words that no text becomes,
+    up to `num_tokens`, for models that sample from more. It adds no bos by itself.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     tokens = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(pair) for pair in MERGES)]
+    tokens += [f"<{number}>" for number in range(len(tokens), num_tokens or 0)]
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=MERGES))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

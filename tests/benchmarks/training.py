@@ -1,48 +1,53 @@
 """The training benchmarks: selfplay against TRL and a naive loop, on the same pairs, weights and steps."""
 
-import statistics
+import gc
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from flops import Size, padded_flops, shared_flops
-from runs import MODEL, Result, interleaved, ratio, versions
+from machine import MODEL, Setup, checked, release
+from runs import Result, interleaved, medians, ratio, ratio_range, versions
 from work import make_work
 
 TRAINING = ("train-pair", "train-long-prompt", "train-group-m3", "train-group-m6")
 MEMORY = ("memory", "memory-double")
-# what matters most comes first: the last ones are left out where time runs short
-PEERS = ("selfplay", "trl tuned", "selfplay, engine logps", "trl default", "naive")
 GRADIENT_BOUND = 1e-4  # relative L2, fp32
 PROGRAM = Path(__file__).with_name("peer.py")
+SIDES = {"cpu": 1536, "cuda": 8192}  # of the matrices that a device's rate is measured on
 
 
-def measure(id: str, runs: int, rate: float, *, budget: float) -> Result:
-    """Times all peers of a benchmark. Ratios are of seconds (of peak bytes for memory): theirs / ours. `rate` is that of
-    bf16 matrix products here, FLOPs per second.
+def measure(id: str, runs: int, rate: float, *, budget: float, setup: Setup | None = None) -> Result:
+    """Times all peers of a benchmark. Ratios are of seconds (of peak bytes for memory): theirs / ours, of TRL tuned where that
+    is best. `rate` is that of bf16 matrix products here, FLOPs per second.
     """
-    check = gradient_check(id)
+    from peers import peers_on
+
+    setup = setup or Setup(str(MODEL))
+    check = gradient_check(id, setup)
     print(f"{id}: gradient check {check:.1e} ({'ok' if check <= GRADIENT_BOUND else 'FAILED: ratios do not count'})")
-    commands = {name: [str(PROGRAM), name, id, str(MODEL), "bf16"] for name in PEERS}
-    found, left_out = interleaved(commands, runs, seconds=budget)
+    commands = {name: [str(PROGRAM), name, id, setup.as_argument()] for name in peers_on(setup.device)}
+    found, left_out = interleaved(commands, runs, seconds=budget, device=setup.device)
     key = "peak_bytes" if id in MEMORY else "seconds"
-    middle = {name: statistics.median(r[key] for r in rows) for name, rows in found.items()}
-    size, work = model_size(), make_work(id)
+    middle, seconds = medians(found, key), medians(found, "seconds").get("selfplay")
+    own, tuned = middle.get("selfplay"), best_tuned(middle)
+    size, work = model_size(setup), make_work(id, times=setup.times)
     least = shared_flops(size, work.pairs, reference_pass=True)
     theirs = padded_flops(size, work.pairs, batch_size=1, reference_pass=True)
-    seconds = statistics.median(r["seconds"] for r in found["selfplay"])
+    sides = [[row[key] for row in found.get(name or "", ())] for name in (tuned, "selfplay")]
     return {
         "id": id,
         "measures": key,
-        "ratio_tuned": ratio(middle.get("trl tuned"), middle["selfplay"]),
-        "ratio_tuned_engine_logps": ratio(middle.get("trl tuned"), middle["selfplay, engine logps"])
-        if "selfplay, engine logps" in middle
-        else None,
-        "ratio_default": ratio(middle.get("trl default"), middle["selfplay"]),
-        "ratio_naive": ratio(middle.get("naive"), middle["selfplay"]),
+        "tuned": tuned,
+        "ratio_tuned": ratio(middle.get(tuned or ""), own),
+        "ratio_tuned_range": ratio_range(*sides),
+        "ratio_tuned_engine_logps": ratio(middle.get(tuned or ""), middle.get("selfplay, engine logps")),
+        "ratio_default": ratio(middle.get("trl default"), own),
+        "ratio_naive": ratio(middle.get("naive"), own),
         "left_out": left_out,
         "bound": theirs / least if id not in MEMORY else None,
-        "percent_of_limit": 100 * least / (seconds * rate),
+        "percent_of_limit": None if seconds is None else 100 * least / (seconds * rate),
         "gemm_flops_per_second": rate,
         "gradient_check": check,
         "counts": check <= GRADIENT_BOUND,
@@ -51,20 +56,30 @@ def measure(id: str, runs: int, rate: float, *, budget: float) -> Result:
     }
 
 
-def gradient_check(id: str) -> float:
+def best_tuned(middle: Mapping[str, float]) -> str | None:
+    """The peer whose settings suit TRL best; None where none was run."""
+    return min((name for name in middle if name.startswith("trl tuned")), key=middle.__getitem__, default=None)
+
+
+def gradient_check(id: str, setup: Setup) -> float:
     """Relative L2 distance of the first step's gradient from that of plain rows and two models, fp32."""
     from peers import gradient_of_naive, gradient_of_ours
 
-    work = make_work(id)
-    own, plain = gradient_of_ours(str(MODEL), work), gradient_of_naive(str(MODEL), work)
-    return float((own - plain).norm() / plain.norm())
+    setup, work = checked(setup), make_work(id)
+    own, plain = gradient_of_ours(setup, work), gradient_of_naive(setup, work)
+    distance = float((own - plain).norm() / plain.norm())
+    # the peers that come next want the device for themselves
+    del own, plain
+    gc.collect()
+    release(setup)
+    return distance
 
 
-def model_size() -> Size:
-    """Of the benchmark's model: decoder weights without embeddings, and the head."""
+def model_size(setup: Setup) -> Size:
+    """Of the setup's model: decoder weights without embeddings, and the head."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(MODEL)
+    config = AutoConfig.from_pretrained(setup.model)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     head = config.vocab_size * config.hidden_size
@@ -72,15 +87,22 @@ def model_size() -> Size:
     return Size(sum(p.numel() for p in model.parameters()) - embeddings, head)
 
 
-def gemm_rate() -> float:
-    """FLOPs per second of bf16 matrix products of this model's kind, the best of several: the limit to be judged by."""
-    left, right = (torch.randn(1536, 1536).bfloat16() for _ in range(2))
+def gemm_rate(device: str) -> float:
+    """FLOPs per second of bf16 matrix products, the best of several: the limit to be judged by."""
+    side = SIDES[device]
+    left, right = (torch.randn(side, side, device=device).bfloat16() for _ in range(2))
 
     def once() -> float:
-        started = time.perf_counter()
+        started = _now(device)
         for _ in range(10):
             left @ right
-        return 10 * 2 * 1536**3 / (time.perf_counter() - started)
+        return 10 * 2 * side**3 / (_now(device) - started)
 
     once()
     return max(once() for _ in range(5))
+
+
+def _now(device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()

@@ -22,23 +22,28 @@ class Work:
     pairs_per_step: int
 
 
-def make_work(name: str) -> Work:
-    """The work of a training benchmark. KeyError for another name."""
+def make_work(name: str, *, times: int = 1) -> Work:
+    """The work of a training benchmark, with `times` as many pairs in as many steps. KeyError for another name."""
     draw = random.Random(0)
     if name in ("train-pair", "memory", "memory-double"):
         count = 16 if name == "memory-double" else 8
         step = 8 if name == "memory-double" else 4
-        return Work(tuple(_pair(draw, n, _length(draw, 96, 0.6)) for n in range(count)), step)
+        return Work(tuple(_pair(draw, n, _length(draw, 96, 0.6)) for n in range(count * times)), step * times)
     if name == "train-long-prompt":
-        return Work(tuple(_pair(draw, n, _length(draw, 512, 0.4)) for n in range(6)), 3)
+        return Work(tuple(_pair(draw, n, _length(draw, 512, 0.4)) for n in range(6 * times)), 3 * times)
     num_pairs = {"train-group-m3": 3, "train-group-m6": 6}[name]
     pairs: list[PreferencePair] = []
-    for n in range(3):
+    for n in range(3 * times):
         prompt, completions = _tokens(draw, 256), [(*_tokens(draw, 127), END_ID) for _ in range(4)]
         both = [(a, b) for i, a in enumerate(completions) for b in completions[i + 1 :]]
         # three pairs use all four completions: (0, 1), (0, 2), (0, 3)
         pairs += [_made(n, prompt, a, b) for a, b in both[:num_pairs]]
-    return Work(tuple(pairs), num_pairs)
+    return Work(tuple(pairs), num_pairs * times)
+
+
+def one_step(work: Work) -> Work:
+    """Its first step alone."""
+    return Work(work.pairs[: work.pairs_per_step], work.pairs_per_step)
 
 
 def _pair(draw: random.Random, number: int, prompt_length: int) -> PreferencePair:
