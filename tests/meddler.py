@@ -1,7 +1,7 @@
 """A process that trains with others and meddles, in place of selfplay.train.rank: `python -m meddler JOB.json RESULT.json`.
 
 MEDDLE says what it does in its second step: "int" sends the command that started all of them a Ctrl-C, and goes on when the
-request to stop has come back; "kill" kills that command, and hangs; "hasty" loses patience with the others after 5 seconds.
+request to stop has come back; "kill" kills that command, and hangs; "hasty" loses patience with the others after 10 seconds.
 """
 
 import os
@@ -32,7 +32,7 @@ def meddle(trainer: Trainer, *arguments: Any, number: int, check_zero: bool) -> 
 
 if __name__ == "__main__":
     if os.environ["MEDDLE"] == "hasty":
-        world.PATIENCE = timedelta(seconds=5)
+        world.PATIENCE = timedelta(seconds=10)
     else:
         Trainer.step = meddle  # type: ignore[method-assign]
     sys.exit(rank.main(sys.argv[1], sys.argv[2]))

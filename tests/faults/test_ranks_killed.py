@@ -78,7 +78,9 @@ def test_whatever_befalls_the_processes_none_is_left_and_the_same_command_goes_o
 
     store.remove_folder(checkpoints)  # so that there is a second step once more
     monkeypatch.setenv("MEDDLE", "kill")
-    killed = subprocess.run([sys.executable, "-c", MEDDLED, *again], capture_output=True, text=True, check=False)
+    killed = subprocess.run(
+        [sys.executable, "-c", MEDDLED, *again], capture_output=True, text=True, check=False, timeout=600
+    )
     # its output ends when the last process that could write to it has ended
     assert killed.returncode == -9, killed.stderr
     assert (out / f"processes{store.TEMPORARY}").is_dir()
