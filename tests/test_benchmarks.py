@@ -16,7 +16,7 @@ def ask(code: str) -> str:
 
 def test_peers_run_in_turn_and_what_time_does_not_allow_is_named() -> None:
     code = (
-        "import sys; from runs import interleaved\n"
+        "import sys; from measured import interleaved\n"
         "commands = {name: ['-c', sys.argv[1], name] for name in 'ab'}\n"
         "for seconds in (1e9, 0):\n"
         "    found, left = interleaved(commands, 2, seconds=seconds)\n"
@@ -34,13 +34,13 @@ def test_every_benchmark_has_its_share_of_half_an_hour() -> None:
 
 def test_a_peer_that_can_not_run_is_asked_once_and_named_with_the_reason() -> None:
     code = (
-        "import runs\n"
+        "import measured\n"
         "asked = []\n"
         "def once(name, command, *, device):\n"
         "    asked.append(name)\n"
         "    return {'left_out': 'vllm not installed'} if name == 'b' else {'seconds': 1.0}\n"
-        "runs.once = once\n"
-        "found, left = runs.interleaved({'b': [], 'a': []}, 2, seconds=1e9)\n"
+        "measured.once = once\n"
+        "found, left = measured.interleaved({'b': [], 'a': []}, 2, seconds=1e9)\n"
         "print({k: len(v) for k, v in found.items()}, left, asked)"
     )
     assert ask(code) == "{'a': 2} ['b: vllm not installed'] ['b', 'a', 'a']"
@@ -100,14 +100,14 @@ def test_a_scale_is_flat_and_linear_or_says_that_it_is_not() -> None:
 
 def test_every_result_has_the_same_keys_and_a_peer_that_was_left_out_has_no_ratio() -> None:
     code = (
-        "import io, bench, tables, training, runs, wholes\n"
+        "import io, bench, measured, tables, training, wholes\n"
         "from flops import Size\n"
         "from rich.console import Console\n"
         "row = {'seconds': 2.0, 'peak_bytes': 8, 'tokens': 4, 'stages': {'train': 1.0, 'sample': 0.5}}\n"
         "row['work'] = [{'least_flops': 1.0, 'padded_flops': 2.0}]\n"
         "absent = set()\n"
         "def once(name, command, *, device): return {'left_out': 'not installed'} if name in absent else dict(row)\n"
-        "runs.once = once\n"
+        "measured.once = once\n"
         "training.gradient_check = lambda id, setup: 0.0\n"
         "training.model_size = lambda setup: Size(100, 10)\n"
         "def every(budget):\n"
@@ -137,13 +137,13 @@ def test_every_result_has_the_same_keys_and_a_peer_that_was_left_out_has_no_rati
 def test_the_smallest_size_runs_through_every_trainer_on_the_cpu(tmp_path: Path) -> None:
     """The code path of a GPU's random weights, each peer's own program, in one process to import once."""
     code = (
-        "import contextlib, io, json, pathlib, machine, peer, runs, training\n"
+        "import contextlib, io, json, pathlib, machine, measured, peer, training\n"
         f"machine.OUT = pathlib.Path({str(tmp_path)!r})\n"
         "def once(name, command, *, device):\n"
         "    with contextlib.redirect_stdout(io.StringIO()) as printed:\n"
         "        peer.main(*command[1:])\n"
         "    return json.loads(printed.getvalue().splitlines()[-1])\n"
-        "runs.once = once\n"
+        "measured.once = once\n"
         "import peers; peers.peers_on = lambda device: ('selfplay', 'trl tuned, batch 4', 'trl default', 'naive')\n"
         "found = training.measure('train-group-m3', 1, 1e9, budget=1e9, setup=machine.make_setup('cpu', 'tiny'))\n"
         "print(found['counts'], found['tuned'], list(found['peers']), found['left_out'])"

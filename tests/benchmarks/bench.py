@@ -14,8 +14,8 @@ import os
 
 import torch
 from machine import MODEL, OUT, SIZES, TRAINED, Setup, make_setup
+from measured import Result
 from rich.console import Console
-from runs import Result
 from tables import print_left_out, print_others, print_training
 from training import MEMORY, TRAINING, gemm_rate, measure
 from wholes import ENGINES, measure_engines, measure_round, measure_scale

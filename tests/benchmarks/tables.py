@@ -3,9 +3,9 @@
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 
+from measured import Result
 from rich.console import Console
 from rich.table import Table
-from runs import Result
 
 GIB = 2**30
 

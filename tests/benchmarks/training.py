@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from flops import Size, padded_flops, shared_flops
 from machine import MODEL, Setup, checked, release
-from runs import Result, interleaved, medians, ratio, ratio_range, versions
+from measured import Result, interleaved, medians, ratio, ratio_range, versions
 from work import make_work
 
 TRAINING = ("train-pair", "train-long-prompt", "train-group-m3", "train-group-m6")

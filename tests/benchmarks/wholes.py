@@ -4,7 +4,7 @@ import statistics
 from pathlib import Path
 
 from machine import MODEL, Setup
-from runs import Result, interleaved, medians, ratio, ratio_range, versions
+from measured import Result, interleaved, medians, ratio, ratio_range, versions
 
 HERE = Path(__file__).parent
 # id -> (peers, ours first; what is compared: tokens per second, or seconds)
