@@ -59,9 +59,12 @@ def print_run(run: Path, figures: Mapping[str, Any], console: Console) -> None:
         if any("sources" in row for row in done):
             print_table("training, by source", sources_table(done), console)
         print_table("dropped, by reason", drops_table(done, figures["prompts"]), console)
-        for row in done:
-            for count in row["counts"].get("filters", []):  # runs from before there were filters have none
-                console.print(Text(f"round {row['round']}, filter {filter_line(count)}"))
+        # runs from before there were filters have none
+        filtered = [(row["round"], count) for row in done for count in row["counts"].get("filters", [])]
+        for index, count in filtered:
+            console.print(Text(f"round {index}, filter {filter_line(count)}"))
+        if filtered:
+            console.print()
     audited = [own for row in done for own in _audited(row) if own["audit"] is not None]
     if audited:
         print_table("audit of the judge", audit_table(audited), console)
