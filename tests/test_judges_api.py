@@ -255,7 +255,7 @@ def test_a_server_that_goes_down_stops_the_stage_and_nothing_is_asked_twice_on_r
         assert len(answered) == len(set(answered)) == 40
         assert [j.scores for j in judgements] == [(4.0, 1.0)] * 20
         assert usage_of(tmp_path)["num_calls"] == 40
-        assert judge_in(tmp_path, again, groups) == judgements
+        assert list(judge_in(tmp_path, again, groups)) == list(judgements)
     assert len(server.asked) == 40 + MAX_FAILURES
 
 

@@ -244,7 +244,7 @@ def test_judges_with_models_are_opened_once_one_after_the_other_after_the_others
     assert log == ["rules 3", "open big", "big 1", "big 3", "big 4", "free big", "open small", "small 2", "free small"]
     assert [[j.prompt_id for j in judgements] for judgements in found] == [[g.prompt.id for g in own] for own in groups]
     log.clear()
-    assert judge_each(asked, JudgeContext(), _SILENT) == found
+    assert [list(one) for one in judge_each(asked, JudgeContext(), _SILENT)] == [list(one) for one in found]
     assert not [line for line in log if line[-1].isdigit()], "what is judged is not judged again"
 
 
