@@ -53,7 +53,7 @@ endif
 # --- targets ----------------------------------------------------------------------------------------------------
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-vllm check format lint types mini-data bench bench-gpu science clean
+.PHONY: help quickstart test test-slow test-vllm check format lint types mini-data bench bench-gpu science clean
 # Two installs into one .venv at a time would corrupt it.
 .NOTPARALLEL:
 
@@ -64,8 +64,12 @@ quickstart: $(VENV)/.engine-$(ENGINE) $(MODEL)/config.json ## three rounds of DP
 	$(BIN)/selfplay iterate recipes/quickstart.yaml --out runs/quickstart
 
 # Models of 100,000 parameters gain nothing from threads, so two processes of one thread each.
-test: $(VENV)/.test ## every test that needs no vLLM; no network
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not vllm"
+test: $(VENV)/.test ## the tests, but for the next two; no network
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not vllm and not slow"
+
+# One at a time, for each starts several processes.
+test-slow: $(VENV)/.test ## those that start many processes: two that train and are killed, the peers of the benchmarks
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 test-vllm: ## the tests on the real vLLM engine; fails where there is none
 ifeq ($(ENGINE),none)

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BENCHMARKS = Path(__file__).parent / "benchmarks"
 PROGRAM = 'import json, sys; print(json.dumps({"seconds": 1.0, "peer": sys.argv[1]}))'
 
@@ -134,6 +136,7 @@ def test_every_result_has_the_same_keys_and_a_peer_that_was_left_out_has_no_rati
     assert ask(code) == f"True {ratios} {2.0 / 1.5} True False"
 
 
+@pytest.mark.slow
 def test_the_smallest_size_runs_through_every_trainer_on_the_cpu(tmp_path: Path) -> None:
     """The code path of a GPU's random weights, each peer's own program, in one process to import once."""
     code = (

@@ -131,6 +131,7 @@ def test_train_on_two_processes_gives_the_policy_of_one(
     assert "error: the loss of pairs with prompts" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_on_two_processes_ends_with_the_policy_of_one(tiny: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, tiny)
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(CPU))

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 TARGETS = {
     "quickstart",
     "test",
+    "test-slow",
     "test-vllm",
     "check",
     "format",
@@ -98,5 +99,5 @@ def test_an_unknown_engine_is_refused_with_the_known_ones() -> None:
 
 def test_check_runs_format_lint_types_and_the_tests_that_need_no_vllm() -> None:
     planned = make("-n", "check").stdout
-    for command in ("ruff format --check", "ruff check", "/mypy", '-m "not vllm"'):
+    for command in ("ruff format --check", "ruff check", "/mypy", '-m "not vllm and not slow"'):
         assert command in planned

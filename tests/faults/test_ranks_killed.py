@@ -20,6 +20,7 @@ from selfplay.cli import main
 from selfplay.train import launch
 from selfplay.types import PreferencePair
 
+pytestmark = pytest.mark.slow
 CPU = {"distributed_type": "MULTI_CPU", "use_cpu": True, "num_processes": 2, "num_machines": 1, "mixed_precision": "no"}
 MEDDLED = (
     "import sys\nfrom selfplay.cli import main\nfrom selfplay.train import launch\n"
