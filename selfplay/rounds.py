@@ -19,6 +19,7 @@ from typing import Any
 from selfplay import metrics, store
 from selfplay.accounting import all_counts, source_figures
 from selfplay.canaries import make_canaries
+from selfplay.changes import ADVICE
 from selfplay.errors import GateError, Stopped
 from selfplay.filters import make_filters
 from selfplay.models import open_generator
@@ -316,10 +317,7 @@ def iterate(
                     play_round(run.round(index))
             play_last_panel(run)
         except GateError as error:
-            raise type(error)(
-                f"{error}\nThis run keeps its recipe, but for pairs.max_unparsed. With other settings take a new --out, or do "
-                f"the stages that are left one by one on the files in {folder} (selfplay judge, pairs, train)"
-            ) from error
+            raise type(error)(f"{error}\n{ADVICE.format(folder=folder)}") from error
         except KeyboardInterrupt:
             raise Stopped(f"stopped; what is finished is in {folder}. The same command goes on from there") from None
     return metrics.status(folder)

@@ -1,7 +1,6 @@
 """A run directory: opening it, continuing it, and where the files of each round lie."""
 
 import hashlib
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 from selfplay import store
 from selfplay.adapters import check_lora
+from selfplay.changes import refused
 from selfplay.chat import Chat
 from selfplay.errors import RecipeError
 from selfplay.judges.lift import function_identity
@@ -19,10 +19,6 @@ from selfplay.progress import Reporter
 from selfplay.protocols import Judge
 from selfplay.recipe import Recipe
 from selfplay.recipe_file import check_recipe, differences, dump_recipe, parse_yaml
-from selfplay.recipe_filters import PythonFilterRecipe
-from selfplay.recipe_judges import API_CONDUCT, JUDGE_PLACES
-from selfplay.recipe_pairs import PairsRecipe
-from selfplay.recipe_reward import REWARD_CONDUCT
 from selfplay.sources import load_pools, plain, record_pools
 from selfplay.train.devices import Devices, require_possible
 from selfplay.train.four_bit import playable
@@ -177,7 +173,7 @@ def _read_recipe(folder: Path) -> Recipe:
 
 
 def _same_recipe(recipe: Recipe, folder: Path) -> Recipe:
-    """The resolved recipe: the run's own where it differs in `auto` and `rounds` only."""
+    """The resolved recipe. RecipeError where files of the run would be others under it."""
     if not (folder / "recipe.yaml").exists():
         return resolve_auto(recipe)
     old = _read_recipe(folder)
@@ -190,48 +186,17 @@ def _same_recipe(recipe: Recipe, folder: Path) -> Recipe:
             "train": recipe.train.model_copy(update=kept),
         }
     )
-    # run.json tells a moved model or data set from another one; the rest changes no result
-    free = ["description", "model", "prompts.source", "prompts.heldout", "prompts.heldout.source", "chat.chat_template"]
-    free += ["train.save_steps", "audit.canaries", "pairs.max_unparsed"]
-    conduct = (*API_CONDUCT, *REWARD_CONDUCT, *JUDGE_PLACES)
-    free += [f"{section}.{key}" for section in ("judge", "evaluate.judge") for key in conduct]
-    if old.train.reference_path is not None and new.train.reference_path is not None:
-        free.append("train.reference")
-    found = differences(_without_targets(old), _without_targets(new))
-    changed = [d for d in found if _key_in_source(d.partition(":")[0]) not in free]
-    if list(old.sources or ()) != list(new.sources or ()):  # ties of weights and shared prompts follow their order
-        changed.append(f"sources: in the order {', '.join(old.sources or ())} -> {', '.join(new.sources or ())}")
-    if [d for d in changed if not d.startswith("rounds:")] or new.rounds < old.rounds:
+    changed = refused(old, new, folder)
+    if new.rounds < old.rounds:
+        changed.append(f"rounds: {old.rounds} -> {new.rounds}")
+    if changed:
         raise RecipeError(
-            f"{folder} holds a run of another recipe; only more `rounds` may be asked of it. Take a new --out, or undo:\n  "
-            + "\n  ".join(changed)
+            f"{folder} holds a run of another recipe. More `rounds` may be asked of it, and what no finished file depends on "
+            "may change. Take a new --out, or undo:\n  " + "\n  ".join(changed)
         )
-    if changed and recipe.train.schedule_scope == "run":
+    if new.rounds != old.rounds and new.train.schedule_scope == "run":
         raise RecipeError(f"{folder}: with schedule_scope: run the schedule spans all rounds, so `rounds` can't change")
     return new
-
-
-def _key_in_source(key: str) -> str:
-    """A dotted key as it stands in a recipe of one source and one judge: sources.a.judge.judges.0.model is judge.model."""
-    return re.sub(r"\bjudge\.judges\.\d+\.", "judge.", re.sub(r"^sources\.\w+\.", "", key))
-
-
-def _without_targets(recipe: Recipe) -> Recipe:
-    """The recipe without the places of its filters' programs, whose sources are in run.json."""
-    update: dict[str, Any] = {"pairs": _pairs_without_targets(recipe.pairs)}
-    if recipe.sources is not None:
-        update["sources"] = {
-            name: source.model_copy(update={"pairs": _pairs_without_targets(source.pairs)})
-            for name, source in recipe.sources.items()
-        }
-    return recipe.model_copy(update=update)
-
-
-def _pairs_without_targets(pairs: PairsRecipe) -> PairsRecipe:
-    filters = [
-        one.model_copy(update={"target": ""}) if isinstance(one, PythonFilterRecipe) else one for one in pairs.filters
-    ]
-    return pairs.model_copy(update={"filters": filters})
 
 
 def _same_identity(identity: dict[str, Any], folder: Path) -> None:

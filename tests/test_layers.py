@@ -27,6 +27,7 @@ ORDER = (
     "recipe_prompts",
     "recipe",
     "recipe_file",
+    "changes",
     "adapters",
     "store",
     "records",
