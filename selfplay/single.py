@@ -25,7 +25,7 @@ from selfplay.parts import note_drops
 from selfplay.progress import Reporter
 from selfplay.protocols import FilterContext, Judge, JudgeContext
 from selfplay.recipe import Recipe, SourceView
-from selfplay.recipe_judges import JudgeRecipe, asks_policy
+from selfplay.recipe_judges import JudgeRecipe, LLMJudgeRecipe, asks_policy, judges_in
 from selfplay.recipe_values import optional_at_round
 from selfplay.run import report_swept
 from selfplay.sources import load_pools, plain, record_pools
@@ -123,7 +123,7 @@ def _prompts_digest(prompts: Mapping[str, Sequence[Prompt]]) -> Any:
 
 
 def _engine(recipe: Recipe) -> dict[str, Any]:
-    """What of the generator decides which completions are drawn, beside the sampling."""
+    """What of the generator decides which completions, or verdicts, are drawn, beside the sampling."""
     return recipe.generator.model_dump(mode="json", include={"kind", "dtype", "max_model_len", "engine_args"})
 
 
@@ -170,6 +170,9 @@ def judge_here(
     if own and model is None:
         raise RecipeError("judge.model is the policy itself: name it with --model")
     identity = inputs | {"judge": plain({name: one.identity for name, one in judges.items()}), "model": None}
+    if any(isinstance(one, LLMJudgeRecipe) for judge in asked.values() for one in judges_in(judge)):
+        recipe = resolve_auto(recipe)
+        identity["generator"] = _engine(recipe)
     seed = derive_seed(recipe.seed, round, "judge")
     parts = [
         Judging(one, groups[name], out / name, f"round {round}{name and f', {name}'}, judging")
@@ -185,9 +188,9 @@ def judge_here(
             trust()
             found = judge_each(parts, JudgeContext(round, seed), report)
             return [judgement for judgements in found for judgement in judgements]
-    recipe, folder = resolve_auto(recipe), local_model(model)
-    identity["model"] = store.weights_digest(folder)
+    folder = local_model(model)
     chat, engine_seed = load_chat(str(folder), recipe.chat), derive_seed(recipe.seed, round, "engine")
+    identity |= {"model": store.weights_digest(folder), "chat": text_digest(chat.template_digest_text)}
     with claimed(out, identity, report), open_generator(recipe.generator, folder, chat, seed=engine_seed) as generator:
         trust()
         found = judge_each(parts, JudgeContext(round, seed, generator), report)

@@ -8,6 +8,7 @@ import pytest
 from scripted_run import ok, write_recipe
 
 from selfplay import store
+from selfplay.chat import Chat
 from selfplay.cli import main
 from selfplay.single import read_groups
 from selfplay.types import Demonstration, Drop, PreferencePair
@@ -303,6 +304,19 @@ def test_half_done_sampling_does_not_go_on_with_another_engine(
     assert main(generate) == 0
     assert main([*generate, "--set", change]) == 64
     assert "generator" in capsys.readouterr().err
+
+
+def test_half_done_judging_by_a_model_does_not_go_on_with_another_engine_or_chat(
+    run: Path, recipe: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "template.jinja").write_text(Chat.load(str(tiny)).tokenizer.chat_template + "{# other #}")
+    judge = ["judge", str(recipe), "--groups", str(run / "round-000" / "groups"), "--model", str(tiny)]
+    judge += ["--out", str(tmp_path / "judged"), "--set", "judge={kind: llm, max_tokens: 4}"]
+    judge += ["--set", "generator={kind: transformers, dtype: float32}"]
+    assert main(judge) == 0
+    for change in ("generator.dtype=bfloat16", f"chat.chat_template={tmp_path / 'template.jinja'}"):
+        assert main([*judge, "--set", change]) == 64
+        assert f"{change.partition('.')[0]}: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("change", ["evaluate.greedy=false", "evaluate.kl=false"])
