@@ -299,6 +299,7 @@ def evaluate(recipe: Recipe, model: str, out: Path, *, allow_code: bool, report:
         heldout += [HeldOut(name, prompts, judge)] if prompts else []
     if not heldout:
         raise RecipeError("prompts.heldout: the recipe holds no prompts out, so there is nothing to evaluate on")
+    judges = {one.name: one.judge for one in heldout}
     panel = Panel(recipe, tuple(heldout), report)
     digests = store.weights_digest(folder), store.weights_digest(initial)
     identity: dict[str, Any] = {
@@ -307,7 +308,7 @@ def evaluate(recipe: Recipe, model: str, out: Path, *, allow_code: bool, report:
         "initial": digests[1],
         "chat": text_digest(chat.template_digest_text),
         "prompts": _prompts_digest({one.name: one.prompts for one in heldout}),
-        "judge": plain({one.name: one.judge.identity if one.judge is not None else None for one in heldout}),
+        "judge": plain({name: one.identity if one is not None else None for name, one in judges.items()}),
         "sampling": asdict(panel.sampling(between=False)),
         "generator": _engine(recipe),
         "greedy": recipe.evaluate.greedy,
@@ -319,6 +320,7 @@ def evaluate(recipe: Recipe, model: str, out: Path, *, allow_code: bool, report:
     with claimed(out, identity, report):
         note_drops(pools, report)
         record_pools(pools, out)
+        recipe.for_each(lambda name, view: _trust_panel(view, judges.get(name), out, report))
         folder, initial = (playable(one, out, recipe.train) for one in (folder, initial))
         with open_generator(recipe.generator, folder, chat, seed=derive_seed(recipe.seed, 0, "engine")) as generator:
             index = -1 if is_initial else recipe.rounds - 1
@@ -327,3 +329,8 @@ def evaluate(recipe: Recipe, model: str, out: Path, *, allow_code: bool, report:
         figures = panel.finish(out, initial=initial, is_initial=is_initial)
     assert figures is not None
     return figures
+
+
+def _trust_panel(view: SourceView, judge: Judge | None, out: Path, report: Reporter) -> None:
+    """RecipeError where a reward model that scores the panel isn't shown to beat a coin."""
+    require_trust("judge" if view.evaluate.judge is None else "evaluate.judge", view, judge, out, report)

@@ -317,6 +317,19 @@ def test_the_judge_of_the_panel_is_asked_for_its_accuracy_too(
     assert "evaluate.judge.model" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("key", ["judge", "evaluate.judge"])
+def test_a_panel_alone_refuses_a_judge_at_chance(
+    coin: Path, tiny: Path, tmp_path: Path, key: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = write_recipe(tmp_path, tiny), tmp_path / "panel"
+    judge = f"{{kind: reward_model, model: {coin}}}"
+    evaluate = ["evaluate", str(path), "--model", str(tiny), "--out", str(out), "--set", f"{key}={judge}"]
+    assert main(evaluate) == 64
+    assert f"{key}.model: {coin} is not shown to be better than a coin" in capsys.readouterr().err
+    assert not (out / "heldout").exists()
+    assert main([*evaluate, "--set", f"{key}.allow_chance=true"]) == 0
+
+
 def test_judging_alone_refuses_and_calibrating_does_not(
     coin: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
