@@ -262,7 +262,7 @@ def figures_by_source(round: Round) -> dict[str, dict[str, Any]]:
         judgements = judged if source.judge is not None else None
         canaries = read_canaries(folder / "canaries" / name)
         figures = source_figures(name, groups[name], judgements, selections[name], canaries, round=round.index)
-        figures["audit"] |= {"calibration": source.calibration}
+        figures["audit"] |= {"calibration": list(source.calibration) or None}
         usage = usage_of(folder / "judgements" / name, folder / "canaries" / name, *panel_judgements(folder, name))
         found[name] = figures | {"judge_usage": usage}
     return found
