@@ -9,13 +9,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from selfplay import store
+from selfplay.errors import RecipeError
 from selfplay.recipe import Recipe
-from selfplay.recipe_file import flat
+from selfplay.recipe_file import check_recipe, flat, parse_yaml
 from selfplay.recipe_filters import PythonFilterRecipe
 from selfplay.recipe_judges import API_CONDUCT, JUDGE_PLACES
 from selfplay.recipe_pairs import PairsRecipe
 from selfplay.recipe_reward import REWARD_CONDUCT
 from selfplay.recipe_values import at_round
+
+MACHINE_S_CHOICE = ("bf16", "max_pack_tokens")  # fields of `train` whose auto a run answers once
 
 # run.json tells a moved model or data set from another one; the rest changes no result
 FREE: tuple[str, ...] = (
@@ -81,6 +85,35 @@ FIRST: dict[str, tuple[str, ...]] = {
 BY_ROUND = ("learning_rate", "beta", "batch_size", "num_train_epochs", "max_steps", "warmup_steps")
 BY_ROUND_KEYS = tuple(f"train.{key}" for key in BY_ROUND)
 BY_ROUND_KEYS += ("pairs.min_margin", "pairs.max_pairs_per_prompt", "pairs.length_rho", "pairs.k")
+
+
+def read_recipe(folder: Path) -> Recipe:
+    """The resolved recipe of the run in a folder."""
+    path = folder / "recipe.yaml"
+    data, _ = parse_yaml(store.read_bytes(path).decode(), str(path))
+    return check_recipe(data, str(path))
+
+
+def continued(recipe: Recipe, old: Recipe, folder: Path) -> Recipe:
+    """`recipe` with what `auto` became in the run in `folder`, whose own recipe is `old`. RecipeError where files of that run
+    would be others under it.
+    """
+    kept = {name: getattr(old.train, name) for name in MACHINE_S_CHOICE if getattr(recipe.train, name) == "auto"}
+    generator = recipe.generator
+    if generator.kind == "auto":
+        generator = generator.model_copy(update={"kind": old.generator.kind})
+    new = recipe.model_copy(update={"generator": generator, "train": recipe.train.model_copy(update=kept)})
+    changed = refused(old, new, folder)
+    if new.rounds < old.rounds:
+        changed.append(f"rounds: {old.rounds} -> {new.rounds}")
+    if changed:
+        raise RecipeError(
+            f"{folder} holds a run of another recipe. More `rounds` may be asked of it, and what no finished file depends on "
+            "may change. Take a new --out, or undo:\n  " + "\n  ".join(changed)
+        )
+    if new.rounds != old.rounds and new.train.schedule_scope == "run":
+        raise RecipeError(f"{folder}: with schedule_scope: run the schedule spans all rounds, so `rounds` can't change")
+    return new
 
 
 def refused(old: Recipe, new: Recipe, folder: Path) -> list[str]:

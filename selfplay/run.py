@@ -8,7 +8,7 @@ from typing import Any
 
 from selfplay import store
 from selfplay.adapters import check_lora
-from selfplay.changes import refused
+from selfplay.changes import continued, read_recipe
 from selfplay.chat import Chat
 from selfplay.errors import RecipeError
 from selfplay.judges.lift import function_identity
@@ -18,14 +18,12 @@ from selfplay.parts import OwnParts, Source, check_dealt, note_drops, open_sourc
 from selfplay.progress import Reporter
 from selfplay.protocols import Judge
 from selfplay.recipe import Recipe
-from selfplay.recipe_file import check_recipe, differences, dump_recipe, parse_yaml
+from selfplay.recipe_file import differences, dump_recipe
 from selfplay.sources import load_pools, plain, record_pools
 from selfplay.train.devices import Devices, require_possible
 from selfplay.train.four_bit import playable
 from selfplay.train.settings import require_bitsandbytes
 from selfplay.types import PreferencePair, derive_seed
-
-MACHINE_S_CHOICE = ("bf16", "max_pack_tokens")  # fields of `train` whose auto a run answers once
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +109,8 @@ def start_run(
     recipe.for_each(lambda name, view: require_parts(view, own[name]))  # before anything is loaded
     require_bitsandbytes(recipe.train)
     require_possible(recipe.train, devices)
-    recipe = _same_recipe(recipe, folder)
+    old = read_recipe(folder) if (folder / "recipe.yaml").exists() else None
+    recipe = resolve_auto(recipe) if old is None else continued(recipe, old, folder)
     initial = local_model(recipe.model)
     check_lora(initial, recipe.train.lora)
     named = recipe.train.reference_path
@@ -125,7 +124,6 @@ def start_run(
     _same_identity(_identity(initial, reference, chat, sources, heldout), folder)
     record_pools(pools, folder)
     initial = playable(initial, folder, recipe.train)
-    old = _read_recipe(folder) if (folder / "recipe.yaml").exists() else None
     if old != recipe:
         for change in differences(old, recipe) if old is not None else ():
             report.note(f"recipe: changed on this run: {change}")
@@ -165,38 +163,6 @@ def report_swept(folder: Path, report: Reporter) -> None:
     """Removes what a killed process left half written in a folder, and says so."""
     for path in store.sweep(folder):
         report.note(f"{path.relative_to(folder)}: left unfinished when it was stopped; removed, and made anew")
-
-
-def _read_recipe(folder: Path) -> Recipe:
-    data, _ = parse_yaml(store.read_bytes(folder / "recipe.yaml").decode(), str(folder / "recipe.yaml"))
-    return check_recipe(data, str(folder / "recipe.yaml"))
-
-
-def _same_recipe(recipe: Recipe, folder: Path) -> Recipe:
-    """The resolved recipe. RecipeError where files of the run would be others under it."""
-    if not (folder / "recipe.yaml").exists():
-        return resolve_auto(recipe)
-    old = _read_recipe(folder)
-    kept = {name: getattr(old.train, name) for name in MACHINE_S_CHOICE if getattr(recipe.train, name) == "auto"}
-    new = recipe.model_copy(
-        update={
-            "generator": recipe.generator.model_copy(update={"kind": old.generator.kind})
-            if recipe.generator.kind == "auto"
-            else recipe.generator,
-            "train": recipe.train.model_copy(update=kept),
-        }
-    )
-    changed = refused(old, new, folder)
-    if new.rounds < old.rounds:
-        changed.append(f"rounds: {old.rounds} -> {new.rounds}")
-    if changed:
-        raise RecipeError(
-            f"{folder} holds a run of another recipe. More `rounds` may be asked of it, and what no finished file depends on "
-            "may change. Take a new --out, or undo:\n  " + "\n  ".join(changed)
-        )
-    if new.rounds != old.rounds and new.train.schedule_scope == "run":
-        raise RecipeError(f"{folder}: with schedule_scope: run the schedule spans all rounds, so `rounds` can't change")
-    return new
 
 
 def _same_identity(identity: dict[str, Any], folder: Path) -> None:

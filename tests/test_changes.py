@@ -123,8 +123,9 @@ def test_a_round_without_pairs_goes_on_with_another_margin_as_if_it_had_begun_so
     assert "recipe: changed on this run: pairs.min_margin: 9.0 -> 0.0" in capsys.readouterr().err
     for name in (PAIRS_0, REFERENCE_0, POLICY_0, "recipe.yaml"):
         assert store.file_digest(run / name) == store.file_digest(clean / name)
-    assert main(["iterate", str(path), "--out", str(run), "--set", "pairs.min_margin=0.1"]) == 64
-    assert f"pairs.min_margin: 0.0 -> 0.1 ({PAIRS_0} depends on it)" in capsys.readouterr().err
+    for also in ([], ["--dry-run"]):
+        assert main(["iterate", str(path), "--out", str(run), "--set", "pairs.min_margin=0.1", *also]) == 64
+        assert f"pairs.min_margin: 0.0 -> 0.1 ({PAIRS_0} depends on it)" in capsys.readouterr().err
 
 
 def test_a_training_that_broke_goes_on_with_another_rate_as_if_it_had_begun_so(
