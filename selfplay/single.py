@@ -25,6 +25,7 @@ from selfplay.parts import note_drops
 from selfplay.progress import Reporter
 from selfplay.protocols import FilterContext, Judge, JudgeContext
 from selfplay.recipe import Recipe, SourceView
+from selfplay.recipe_filters import MixPreviousRecipe, PythonFilterRecipe
 from selfplay.recipe_judges import JudgeRecipe, LLMJudgeRecipe, asks_policy, judges_in
 from selfplay.recipe_values import optional_at_round
 from selfplay.run import report_swept
@@ -52,7 +53,7 @@ def read_shards(folder: str | Path) -> list[Path]:
     """The finished shards of a folder, in order. DataError where there is none."""
     found = shards(Path(folder))
     if not found:
-        raise DataError(f"{folder}: no .jsonl shards in this folder; give one that `selfplay generate` or a run wrote")
+        raise DataError(f"{folder}: no .jsonl shards in this folder; give one that generate, judge or a run wrote")
     return found
 
 
@@ -169,6 +170,8 @@ def judge_here(
     own = any(asks_policy(one) for one in asked.values())
     if own and model is None:
         raise RecipeError("judge.model is the policy itself: name it with --model")
+    if not own and model is not None:
+        raise RecipeError("--model names the policy, and this recipe's judge is not the policy: leave it out")
     identity = inputs | {"judge": plain({name: one.identity for name, one in judges.items()}), "model": None}
     if any(isinstance(one, LLMJudgeRecipe) for judge in asked.values() for one in judges_in(judge)):
         recipe = resolve_auto(recipe)
@@ -221,6 +224,7 @@ class PairInputs:
 
 def pairs(recipe: Recipe, inputs: PairInputs, out: Path, *, allow_code: bool) -> dict[str, Selection]:
     """The pairs of judged groups, by source, in the file `out`; it is left alone where it holds other pairs."""
+    _require_read(recipe, inputs)
     with tempfile.TemporaryDirectory() as folder:
         groups = source_shards(recipe, inputs.groups, inputs.round)
         pairings = {
@@ -234,6 +238,15 @@ def pairs(recipe: Recipe, inputs: PairInputs, out: Path, *, allow_code: bool) ->
     if not out.exists():
         store.write_bytes(out, made)
     return selections
+
+
+def _require_read(recipe: Recipe, inputs: PairInputs) -> None:
+    views = recipe.by_source.values()
+    if inputs.judgements is not None and not any(view.pairs.reads_scores for view in views):
+        raise RecipeError("--judgements is given, but no pairs.kind of this recipe reads scores: leave it out")
+    mixing = (MixPreviousRecipe, PythonFilterRecipe)
+    if inputs.previous and not any(isinstance(one, mixing) for view in views for one in view.pairs.filters):
+        raise RecipeError("--previous is given, but no filter of this recipe reads earlier rounds: leave it out")
 
 
 def _pairing(

@@ -75,6 +75,10 @@ def _check_inputs(recipe: Recipe, inputs: TrainInputs) -> None:
         raise RecipeError("train.reference_logps is engine: name what the model sampled with --groups")
     if inputs.round and recipe.train.optimizer_state == "carried" and inputs.optimizer_state is None:
         raise RecipeError("train.optimizer_state is carried: name the file of the round before with --optimizer-state")
+    if inputs.optimizer_state is not None and train.optimizer_state == "fresh":
+        raise RecipeError(
+            "--optimizer-state is given, but train.optimizer_state is fresh: say carried, or leave it out"
+        )
     if inputs.optimizer_state is not None and not inputs.optimizer_state.is_file():
         raise DataError(f"{inputs.optimizer_state}: no such file")
 

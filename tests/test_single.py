@@ -163,6 +163,39 @@ def test_an_input_that_a_stage_needs_is_asked_for(
     assert missing in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("command", "unread"),
+    [
+        ("judge", "--model"),
+        ("pairs", "--previous"),
+        ("pairs", "--judgements"),
+        ("train", "--optimizer-state"),
+        ("train", "--name"),
+        ("train", "--split"),
+        ("calibrate", "--split"),
+        ("train-reward", "--name"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(
+    command: str, unread: str, run: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sections = {"judge": None, "pairs": {"kind": "gold_vs_completion"}} if unread == "--judgements" else {}
+    recipe = [] if command == "train-reward" else [str(write_recipe(tmp_path, tiny, **sections))]
+    groups, pairs = ["--groups", str(run / "round-000" / "groups")], ["--pairs", str(run / "round-000" / "pairs.jsonl")]
+    judgements = [] if sections else ["--judgements", str(run / "round-000" / "judgements")]
+    needed = {
+        "judge": groups,
+        "pairs": [*groups, *judgements],
+        "train": ["--model", str(tiny), *pairs],
+        "calibrate": pairs,
+        "train-reward": ["--model", str(tiny), *pairs],
+    }
+    given = [command, *recipe, *needed[command], "--out", str(tmp_path / "out"), unread]
+    assert main([*given, str(tiny if unread == "--model" else recipe[0] if recipe else "other")]) == 64
+    assert unread in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_train_takes_any_preference_data(
     recipe: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -78,7 +78,9 @@ class Journal:
             try:
                 found = _LINE.validate_json(line)
             except ValidationError as error:
-                raise StorageError(f"{self.path}:{number}: damaged; delete the file to ask anew") from error
+                raise StorageError(
+                    f"{self.path}:{number}: damaged; delete this line to ask its question again"
+                ) from error
             self._keep(found)
         return whole
 

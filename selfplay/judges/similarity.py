@@ -29,7 +29,7 @@ def open_similarity(model: str) -> "Similarity":
     folder = local_model(model)
     if not (folder / "modules.json").is_file():
         raise DataError(
-            f"judge.model {model}: {folder} has no modules.json, so it is no model of sentence-transformers"
+            f"judge.model {model}: {folder} has no modules.json, so it is no model of sentence-transformers; name one"
         )
     return Similarity(folder)
 
