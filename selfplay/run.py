@@ -22,7 +22,7 @@ from selfplay.recipe_file import differences, dump_recipe
 from selfplay.sources import load_pools, plain, record_pools
 from selfplay.train.devices import Devices, require_possible
 from selfplay.train.four_bit import playable
-from selfplay.train.settings import require_bitsandbytes
+from selfplay.train.settings import require_packages
 from selfplay.types import PreferencePair, derive_seed
 
 
@@ -107,7 +107,7 @@ def start_run(
 ) -> Run:
     """Opens or continues a run directory. RecipeError where it holds a run of another recipe, model, data or judge."""
     recipe.for_each(lambda name, view: require_parts(view, own[name]))  # before anything is loaded
-    require_bitsandbytes(recipe.train)
+    require_packages(recipe.train)
     require_possible(recipe.train, devices)
     old = read_recipe(folder) if (folder / "recipe.yaml").exists() else None
     recipe = resolve_auto(recipe) if old is None else continued(recipe, old, folder)

@@ -17,7 +17,7 @@ from selfplay.recipe import Recipe
 from selfplay.recipe_train import reads
 from selfplay.single import claimed, source_shards, text_digest
 from selfplay.train.devices import Devices, require_possible
-from selfplay.train.settings import TrainJob, require_bitsandbytes, schedule_span, settings_at
+from selfplay.train.settings import TrainJob, require_packages, schedule_span, settings_at
 from selfplay.types import Demonstration, Drop, PreferencePair, derive_seed
 
 
@@ -45,7 +45,7 @@ def train(recipe: Recipe, inputs: TrainInputs, out: Path, report: Reporter) -> d
     """What stands in train/result.json; `out` then holds policy/."""
     recipe = resolve_auto(recipe)
     _check_inputs(recipe, inputs)
-    require_bitsandbytes(recipe.train)
+    require_packages(recipe.train)
     require_possible(recipe.train, inputs.devices)
     folder = local_model(inputs.model)
     check_lora(folder, recipe.train.lora)
