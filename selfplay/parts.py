@@ -34,7 +34,7 @@ class Source:
     filters: tuple[NamedFilter, ...] | None  # the user's own; else the recipe's
     programs: Programs  # what the recipe's filters name as programs of the user
     num_canaries: int = 0  # prompts of a round that the judge sees canaries of
-    calibration: dict[str, Any] | None = None  # the judge on its calibration file, where the recipe names one
+    calibration: Sequence[dict[str, Any]] = ()  # its reward models on the calibration files that the recipe names
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +112,7 @@ def open_sources(
             panel_judge = opened(view.heldout_judge)
             if panel_judge is None and judge is not None and pool.heldout:
                 report.note(f"{_panel_of(name)}: no scores; {_WHY_NO_SCORE}")
-        calibration = None if mine.judge is not None else require_trust("judge", view, judge, folder, report)
+        calibration = [] if mine.judge is not None else require_trust("judge", view, judge, folder, report)
         require_trust("evaluate.judge", view, panel_judge, folder, report)
         # what a judge of the user's own would make of canaries nobody knows, so it sees those alone that are asked for
         count = view.num_canaries if mine.judge is None else view.audit.canaries or 0

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from selfplay.adapters import base_folder
+from selfplay.changes import continued, read_recipe
 from selfplay.errors import DataError
 from selfplay.judges.verifier import check_verifiable
 from selfplay.models import resolve_auto
@@ -78,12 +79,14 @@ class Plan:
 
 def make_plan(recipe: Recipe, out: Path) -> Plan:
     """The plan of a run in `out`, finished rounds counted as there. Raises what starting the run would raise about the
-    recipe and the data set.
+    recipe, a change of it, and the data set.
     """
     recipe.for_each(lambda _, view: view.prompts.needed_source)
     recipe.check_judged()
     recipe.check_win_rates()
     check_reward_models(recipe)
+    if (out / "recipe.yaml").exists():
+        continued(recipe, read_recipe(out), out)
     recipe = _with_generator(recipe)
     pools = load_pools(recipe)
     recipe.for_each(lambda name, view: _check_pool(view, pools[name]))

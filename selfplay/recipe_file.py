@@ -307,17 +307,18 @@ def dump_recipe(recipe: Recipe) -> str:
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
     """The dotted keys in which two recipes differ, as "key: old -> new"."""
-    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    before, after = flat(old.model_dump(mode="json")), flat(new.model_dump(mode="json"))
     keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
     return [f"{key}: {before.get(key)!r} -> {after.get(key)!r}" for key in keys]
 
 
-def _flat(value: Any, at: str = "") -> dict[str, Any]:
+def flat(value: Any, at: str = "") -> dict[str, Any]:
+    """The values of a recipe, as `model_dump` gives it, by dotted key."""
     if at.rpartition(".")[2] == "judges":  # several judges change key by key; any other list changes as a whole
         value = {str(n): judge for n, judge in enumerate(value)}
     if not isinstance(value, dict) or not value:
         return {at: value}
-    return {k: v for key, part in value.items() for k, v in _flat(part, f"{at}.{key}" if at else key).items()}
+    return {k: v for key, part in value.items() for k, v in flat(part, f"{at}.{key}" if at else key).items()}
 
 
 def recipe_folder() -> Path:

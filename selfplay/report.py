@@ -264,13 +264,15 @@ def canary_line(table: Mapping[str, Mapping[str, int]]) -> str:
 
 
 def _print_calibrated(row: Mapping[str, Any], console: Console) -> None:
-    """How good the judge of each source is on its calibration file, where it has one."""
+    """How good the reward models of each source are on their calibration files, where they have some."""
     for name, own in row.get("sources", {"": row}).items():
-        found = own["audit"].get("calibration")  # rounds from before there was one have none
-        if found is not None:
-            accuracy = f"{number(found['accuracy'])} {interval(found['accuracy_interval'])}"
-            whose = f"judge of {name}" if name else "judge"
-            console.print(Text(f"{whose} on {found['pairs']}: accuracy {accuracy}"), soft_wrap=True)
+        found = own["audit"].get("calibration") or []  # rounds from before there were any have none,
+        judges = [found] if isinstance(found, dict) else found  # older ones those of one judge
+        for judge in judges:
+            accuracy = f"{number(judge['accuracy'])} {interval(judge['accuracy_interval'])}"
+            which = f" {judge['model']}" if len(judges) > 1 else ""
+            whose = f"judge{which} of {name}" if name else f"judge{which}"
+            console.print(Text(f"{whose} on {judge['pairs']}: accuracy {accuracy}"), soft_wrap=True)
 
 
 def print_alarms(row: Mapping[str, Any], console: Console) -> None:

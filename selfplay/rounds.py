@@ -19,6 +19,7 @@ from typing import Any
 from selfplay import metrics, store
 from selfplay.accounting import all_counts, source_figures
 from selfplay.canaries import make_canaries
+from selfplay.changes import ADVICE
 from selfplay.errors import GateError, Stopped
 from selfplay.filters import make_filters
 from selfplay.models import open_generator
@@ -261,7 +262,7 @@ def figures_by_source(round: Round) -> dict[str, dict[str, Any]]:
         judgements = judged if source.judge is not None else None
         canaries = read_canaries(folder / "canaries" / name)
         figures = source_figures(name, groups[name], judgements, selections[name], canaries, round=round.index)
-        figures["audit"] |= {"calibration": source.calibration}
+        figures["audit"] |= {"calibration": list(source.calibration) or None}
         usage = usage_of(folder / "judgements" / name, folder / "canaries" / name, *panel_judgements(folder, name))
         found[name] = figures | {"judge_usage": usage}
     return found
@@ -316,10 +317,7 @@ def iterate(
                     play_round(run.round(index))
             play_last_panel(run)
         except GateError as error:
-            raise type(error)(
-                f"{error}\nThis run keeps its recipe, but for pairs.max_unparsed. With other settings take a new --out, or do "
-                f"the stages that are left one by one on the files in {folder} (selfplay judge, pairs, train)"
-            ) from error
+            raise type(error)(f"{error}\n{ADVICE.format(folder=folder)}") from error
         except KeyboardInterrupt:
             raise Stopped(f"stopped; what is finished is in {folder}. The same command goes on from there") from None
     return metrics.status(folder)

@@ -1,7 +1,6 @@
 """A run directory: opening it, continuing it, and where the files of each round lie."""
 
 import hashlib
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 from selfplay import store
 from selfplay.adapters import check_lora
+from selfplay.changes import continued, read_recipe
 from selfplay.chat import Chat
 from selfplay.errors import RecipeError
 from selfplay.judges.lift import function_identity
@@ -18,18 +18,12 @@ from selfplay.parts import OwnParts, Source, check_dealt, note_drops, open_sourc
 from selfplay.progress import Reporter
 from selfplay.protocols import Judge
 from selfplay.recipe import Recipe
-from selfplay.recipe_file import check_recipe, differences, dump_recipe, parse_yaml
-from selfplay.recipe_filters import PythonFilterRecipe
-from selfplay.recipe_judges import API_CONDUCT, JUDGE_PLACES
-from selfplay.recipe_pairs import PairsRecipe
-from selfplay.recipe_reward import REWARD_CONDUCT
+from selfplay.recipe_file import differences, dump_recipe
 from selfplay.sources import load_pools, plain, record_pools
 from selfplay.train.devices import Devices, require_possible
 from selfplay.train.four_bit import playable
-from selfplay.train.settings import require_bitsandbytes
+from selfplay.train.settings import require_packages
 from selfplay.types import PreferencePair, derive_seed
-
-MACHINE_S_CHOICE = ("bf16", "max_pack_tokens")  # fields of `train` whose auto a run answers once
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +107,10 @@ def start_run(
 ) -> Run:
     """Opens or continues a run directory. RecipeError where it holds a run of another recipe, model, data or judge."""
     recipe.for_each(lambda name, view: require_parts(view, own[name]))  # before anything is loaded
-    require_bitsandbytes(recipe.train)
+    require_packages(recipe.train)
     require_possible(recipe.train, devices)
-    recipe = _same_recipe(recipe, folder)
+    old = read_recipe(folder) if (folder / "recipe.yaml").exists() else None
+    recipe = resolve_auto(recipe) if old is None else continued(recipe, old, folder)
     initial = local_model(recipe.model)
     check_lora(initial, recipe.train.lora)
     named = recipe.train.reference_path
@@ -129,7 +124,6 @@ def start_run(
     _same_identity(_identity(initial, reference, chat, sources, heldout), folder)
     record_pools(pools, folder)
     initial = playable(initial, folder, recipe.train)
-    old = _read_recipe(folder) if (folder / "recipe.yaml").exists() else None
     if old != recipe:
         for change in differences(old, recipe) if old is not None else ():
             report.note(f"recipe: changed on this run: {change}")
@@ -169,69 +163,6 @@ def report_swept(folder: Path, report: Reporter) -> None:
     """Removes what a killed process left half written in a folder, and says so."""
     for path in store.sweep(folder):
         report.note(f"{path.relative_to(folder)}: left unfinished when it was stopped; removed, and made anew")
-
-
-def _read_recipe(folder: Path) -> Recipe:
-    data, _ = parse_yaml(store.read_bytes(folder / "recipe.yaml").decode(), str(folder / "recipe.yaml"))
-    return check_recipe(data, str(folder / "recipe.yaml"))
-
-
-def _same_recipe(recipe: Recipe, folder: Path) -> Recipe:
-    """The resolved recipe: the run's own where it differs in `auto` and `rounds` only."""
-    if not (folder / "recipe.yaml").exists():
-        return resolve_auto(recipe)
-    old = _read_recipe(folder)
-    kept = {name: getattr(old.train, name) for name in MACHINE_S_CHOICE if getattr(recipe.train, name) == "auto"}
-    new = recipe.model_copy(
-        update={
-            "generator": recipe.generator.model_copy(update={"kind": old.generator.kind})
-            if recipe.generator.kind == "auto"
-            else recipe.generator,
-            "train": recipe.train.model_copy(update=kept),
-        }
-    )
-    # run.json tells a moved model or data set from another one; the rest changes no result
-    free = ["description", "model", "prompts.source", "prompts.heldout", "prompts.heldout.source", "chat.chat_template"]
-    free += ["train.save_steps", "audit.canaries", "pairs.max_unparsed"]
-    conduct = (*API_CONDUCT, *REWARD_CONDUCT, *JUDGE_PLACES)
-    free += [f"{section}.{key}" for section in ("judge", "evaluate.judge") for key in conduct]
-    if old.train.reference_path is not None and new.train.reference_path is not None:
-        free.append("train.reference")
-    found = differences(_without_targets(old), _without_targets(new))
-    changed = [d for d in found if _key_in_source(d.partition(":")[0]) not in free]
-    if list(old.sources or ()) != list(new.sources or ()):  # ties of weights and shared prompts follow their order
-        changed.append(f"sources: in the order {', '.join(old.sources or ())} -> {', '.join(new.sources or ())}")
-    if [d for d in changed if not d.startswith("rounds:")] or new.rounds < old.rounds:
-        raise RecipeError(
-            f"{folder} holds a run of another recipe; only more `rounds` may be asked of it. Take a new --out, or undo:\n  "
-            + "\n  ".join(changed)
-        )
-    if changed and recipe.train.schedule_scope == "run":
-        raise RecipeError(f"{folder}: with schedule_scope: run the schedule spans all rounds, so `rounds` can't change")
-    return new
-
-
-def _key_in_source(key: str) -> str:
-    """A dotted key as it stands in a recipe of one source and one judge: sources.a.judge.judges.0.model is judge.model."""
-    return re.sub(r"\bjudge\.judges\.\d+\.", "judge.", re.sub(r"^sources\.\w+\.", "", key))
-
-
-def _without_targets(recipe: Recipe) -> Recipe:
-    """The recipe without the places of its filters' programs, whose sources are in run.json."""
-    update: dict[str, Any] = {"pairs": _pairs_without_targets(recipe.pairs)}
-    if recipe.sources is not None:
-        update["sources"] = {
-            name: source.model_copy(update={"pairs": _pairs_without_targets(source.pairs)})
-            for name, source in recipe.sources.items()
-        }
-    return recipe.model_copy(update=update)
-
-
-def _pairs_without_targets(pairs: PairsRecipe) -> PairsRecipe:
-    filters = [
-        one.model_copy(update={"target": ""}) if isinstance(one, PythonFilterRecipe) else one for one in pairs.filters
-    ]
-    return pairs.model_copy(update={"filters": filters})
 
 
 def _same_identity(identity: dict[str, Any], folder: Path) -> None:

@@ -25,7 +25,8 @@ from selfplay.parts import note_drops
 from selfplay.progress import Reporter
 from selfplay.protocols import FilterContext, Judge, JudgeContext
 from selfplay.recipe import Recipe, SourceView
-from selfplay.recipe_judges import JudgeRecipe, asks_policy
+from selfplay.recipe_filters import MixPreviousRecipe, PythonFilterRecipe
+from selfplay.recipe_judges import JudgeRecipe, LLMJudgeRecipe, asks_policy, judges_in
 from selfplay.recipe_values import optional_at_round
 from selfplay.run import report_swept
 from selfplay.sources import load_pools, plain, record_pools
@@ -52,7 +53,7 @@ def read_shards(folder: str | Path) -> list[Path]:
     """The finished shards of a folder, in order. DataError where there is none."""
     found = shards(Path(folder))
     if not found:
-        raise DataError(f"{folder}: no .jsonl shards in this folder; give one that `selfplay generate` or a run wrote")
+        raise DataError(f"{folder}: no .jsonl shards in this folder; give one that generate, judge or a run wrote")
     return found
 
 
@@ -123,7 +124,7 @@ def _prompts_digest(prompts: Mapping[str, Sequence[Prompt]]) -> Any:
 
 
 def _engine(recipe: Recipe) -> dict[str, Any]:
-    """What of the generator decides which completions are drawn, beside the sampling."""
+    """What of the generator decides which completions, or verdicts, are drawn, beside the sampling."""
     return recipe.generator.model_dump(mode="json", include={"kind", "dtype", "max_model_len", "engine_args"})
 
 
@@ -169,7 +170,12 @@ def judge_here(
     own = any(asks_policy(one) for one in asked.values())
     if own and model is None:
         raise RecipeError("judge.model is the policy itself: name it with --model")
+    if not own and model is not None:
+        raise RecipeError("--model names the policy, and this recipe's judge is not the policy: leave it out")
     identity = inputs | {"judge": plain({name: one.identity for name, one in judges.items()}), "model": None}
+    if any(isinstance(one, LLMJudgeRecipe) for judge in asked.values() for one in judges_in(judge)):
+        recipe = resolve_auto(recipe)
+        identity["generator"] = _engine(recipe)
     seed = derive_seed(recipe.seed, round, "judge")
     parts = [
         Judging(one, groups[name], out / name, f"round {round}{name and f', {name}'}, judging")
@@ -185,9 +191,9 @@ def judge_here(
             trust()
             found = judge_each(parts, JudgeContext(round, seed), report)
             return [judgement for judgements in found for judgement in judgements]
-    recipe, folder = resolve_auto(recipe), local_model(model)
-    identity["model"] = store.weights_digest(folder)
+    folder = local_model(model)
     chat, engine_seed = load_chat(str(folder), recipe.chat), derive_seed(recipe.seed, round, "engine")
+    identity |= {"model": store.weights_digest(folder), "chat": text_digest(chat.template_digest_text)}
     with claimed(out, identity, report), open_generator(recipe.generator, folder, chat, seed=engine_seed) as generator:
         trust()
         found = judge_each(parts, JudgeContext(round, seed, generator), report)
@@ -218,6 +224,7 @@ class PairInputs:
 
 def pairs(recipe: Recipe, inputs: PairInputs, out: Path, *, allow_code: bool) -> dict[str, Selection]:
     """The pairs of judged groups, by source, in the file `out`; it is left alone where it holds other pairs."""
+    _require_read(recipe, inputs)
     with tempfile.TemporaryDirectory() as folder:
         groups = source_shards(recipe, inputs.groups, inputs.round)
         pairings = {
@@ -231,6 +238,15 @@ def pairs(recipe: Recipe, inputs: PairInputs, out: Path, *, allow_code: bool) ->
     if not out.exists():
         store.write_bytes(out, made)
     return selections
+
+
+def _require_read(recipe: Recipe, inputs: PairInputs) -> None:
+    views = recipe.by_source.values()
+    if inputs.judgements is not None and not any(view.pairs.reads_scores for view in views):
+        raise RecipeError("--judgements is given, but no pairs.kind of this recipe reads scores: leave it out")
+    mixing = (MixPreviousRecipe, PythonFilterRecipe)
+    if inputs.previous and not any(isinstance(one, mixing) for view in views for one in view.pairs.filters):
+        raise RecipeError("--previous is given, but no filter of this recipe reads earlier rounds: leave it out")
 
 
 def _pairing(
@@ -296,6 +312,7 @@ def evaluate(recipe: Recipe, model: str, out: Path, *, allow_code: bool, report:
         heldout += [HeldOut(name, prompts, judge)] if prompts else []
     if not heldout:
         raise RecipeError("prompts.heldout: the recipe holds no prompts out, so there is nothing to evaluate on")
+    judges = {one.name: one.judge for one in heldout}
     panel = Panel(recipe, tuple(heldout), report)
     digests = store.weights_digest(folder), store.weights_digest(initial)
     identity: dict[str, Any] = {
@@ -304,7 +321,7 @@ def evaluate(recipe: Recipe, model: str, out: Path, *, allow_code: bool, report:
         "initial": digests[1],
         "chat": text_digest(chat.template_digest_text),
         "prompts": _prompts_digest({one.name: one.prompts for one in heldout}),
-        "judge": plain({one.name: one.judge.identity if one.judge is not None else None for one in heldout}),
+        "judge": plain({name: one.identity if one is not None else None for name, one in judges.items()}),
         "sampling": asdict(panel.sampling(between=False)),
         "generator": _engine(recipe),
         "greedy": recipe.evaluate.greedy,
@@ -316,6 +333,7 @@ def evaluate(recipe: Recipe, model: str, out: Path, *, allow_code: bool, report:
     with claimed(out, identity, report):
         note_drops(pools, report)
         record_pools(pools, out)
+        recipe.for_each(lambda name, view: _trust_panel(view, judges.get(name), out, report))
         folder, initial = (playable(one, out, recipe.train) for one in (folder, initial))
         with open_generator(recipe.generator, folder, chat, seed=derive_seed(recipe.seed, 0, "engine")) as generator:
             index = -1 if is_initial else recipe.rounds - 1
@@ -324,3 +342,8 @@ def evaluate(recipe: Recipe, model: str, out: Path, *, allow_code: bool, report:
         figures = panel.finish(out, initial=initial, is_initial=is_initial)
     assert figures is not None
     return figures
+
+
+def _trust_panel(view: SourceView, judge: Judge | None, out: Path, report: Reporter) -> None:
+    """RecipeError where a reward model that scores the panel isn't shown to beat a coin."""
+    require_trust("judge" if view.evaluate.judge is None else "evaluate.judge", view, judge, out, report)

@@ -17,7 +17,7 @@ from selfplay.recipe import Recipe
 from selfplay.recipe_train import reads
 from selfplay.single import claimed, source_shards, text_digest
 from selfplay.train.devices import Devices, require_possible
-from selfplay.train.settings import TrainJob, require_bitsandbytes, schedule_span, settings_at
+from selfplay.train.settings import TrainJob, require_packages, schedule_span, settings_at
 from selfplay.types import Demonstration, Drop, PreferencePair, derive_seed
 
 
@@ -45,7 +45,7 @@ def train(recipe: Recipe, inputs: TrainInputs, out: Path, report: Reporter) -> d
     """What stands in train/result.json; `out` then holds policy/."""
     recipe = resolve_auto(recipe)
     _check_inputs(recipe, inputs)
-    require_bitsandbytes(recipe.train)
+    require_packages(recipe.train)
     require_possible(recipe.train, inputs.devices)
     folder = local_model(inputs.model)
     check_lora(folder, recipe.train.lora)
@@ -75,6 +75,10 @@ def _check_inputs(recipe: Recipe, inputs: TrainInputs) -> None:
         raise RecipeError("train.reference_logps is engine: name what the model sampled with --groups")
     if inputs.round and recipe.train.optimizer_state == "carried" and inputs.optimizer_state is None:
         raise RecipeError("train.optimizer_state is carried: name the file of the round before with --optimizer-state")
+    if inputs.optimizer_state is not None and train.optimizer_state == "fresh":
+        raise RecipeError(
+            "--optimizer-state is given, but train.optimizer_state is fresh: say carried, or leave it out"
+        )
     if inputs.optimizer_state is not None and not inputs.optimizer_state.is_file():
         raise DataError(f"{inputs.optimizer_state}: no such file")
 

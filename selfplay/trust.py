@@ -85,13 +85,13 @@ def refuse_chance(figures: Mapping[str, Any] | None, judge: RewardModelRecipe, k
 
 def require_trust(
     key: Literal["judge", "evaluate.judge"], recipe: SourceView, judge: Judge | None, folder: Path, report: Reporter
-) -> dict[str, Any] | None:
-    """Says how good the reward model at `key` is, and returns the figures of its calibration file where the recipe names one:
-    measured now, and kept below `folder`; of several judges, those of the first that has them. Nothing where there is no
-    reward model. RecipeError where the figures don't show that it beats a coin.
+) -> list[dict[str, Any]]:
+    """Says how good the reward models at `key` are, and returns the figures of their calibration files, each with its `model`,
+    where the recipe names such files: measured now, and kept below `folder`. Nothing where there is no reward model.
+    RecipeError where the figures don't show that one beats a coin.
     """
     if judge is None:
-        return None
+        return []
     asked = judges_in(recipe.judge if key == "judge" else recipe.evaluate.judge)
     judges = [member.judge for member in judge.members] if isinstance(judge, Combine) else [judge]
     found = [
@@ -99,7 +99,7 @@ def require_trust(
         for one, its in zip(asked, judges, strict=False)  # a judge of the user's own stands in for any number
         if isinstance(one, RewardModelRecipe)
     ]
-    return next((figures for figures in found if figures is not None), None)
+    return [figures for figures in found if figures is not None]
 
 
 def _require_trust(
@@ -109,7 +109,7 @@ def _require_trust(
         figures = _measured(asked.calibration, judge, prompts, folder, report)
         report.note(f"{key}: accuracy {_in_words(figures)} on {asked.calibration}")
         refuse_chance(figures, asked, key, source=asked.calibration)
-        return figures
+        return {"model": asked.model, **figures}
     model = local_model(asked.model)
     known = known_accuracy(model)
     if known is None:

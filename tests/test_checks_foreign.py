@@ -40,6 +40,8 @@ def judged(verifier: Verifier, asked: Prompt, *texts: str) -> Judgement:
 
 
 def entry(task: str = "chain_sum", **options: Any) -> dict[str, Any]:
+    # Not in the extra `test`: pycosat, zss and cellpylib, which it pins, have no wheels, so installing it takes a C compiler
+    # and Python's headers; with matplotlib they are over 100 MB. `make mini-data` installs it.
     made = pytest.importorskip("reasoning_gym").create_dataset(task, size=1, seed=3, **options)
     read_back: dict[str, Any] = json.loads(json.dumps(made[0]))
     return read_back

@@ -176,6 +176,8 @@ def test_a_round_that_is_not_there_is_an_error_that_lists_those_that_are(
 ) -> None:
     assert main(["show", str(run), "--round", "5"]) == 65
     assert "rounds here: 0, 1" in capsys.readouterr().err
+    assert main(["show", str(run.parent / "none"), "--round", "0"]) == 65
+    assert "no rounds here. Name a run directory" in capsys.readouterr().err
 
 
 def test_a_dry_run_writes_nothing(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -183,7 +183,10 @@ def test_judging_by_an_endpoint_ends_with_69_where_it_is_down_and_a_key_is_nowhe
     assert "2 calls in a row got no reply; the last: HTTP 500" in said
     assert "judge: 3 calls (0 retries, 2 failed)" in said
     assert KEY not in said
-    assert len((out / "replies.log").read_text().splitlines()) == 3
+    assert [json.loads(line)["reply"] is None for line in (out / "replies.log").read_text().splitlines()] == [
+        *[False] * 3,
+        *[True] * 2,
+    ]
     written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     assert KEY.encode() not in written
 

@@ -27,7 +27,7 @@ from selfplay.train.loop import run_training
 from selfplay.train.model import load_model
 from selfplay.train.optim import cast_parameters
 from selfplay.train.pack import build_packs
-from selfplay.train.settings import require_bitsandbytes
+from selfplay.train.settings import require_packages
 from selfplay.types import Sampling
 
 if importlib.util.find_spec("bitsandbytes") is None:
@@ -271,5 +271,5 @@ def test_missing_bitsandbytes_is_said_at_the_start(monkeypatch: pytest.MonkeyPat
     find: Callable[..., Any] = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name))
     with pytest.raises(RecipeError, match=r"load_in_4bit needs bitsandbytes.*selfplay-dpo\[bnb\]"):
-        require_bitsandbytes(TrainRecipe(lora=LoraRecipe(**LORA)))
-    require_bitsandbytes(TrainRecipe(lora=LoraRecipe()))
+        require_packages(TrainRecipe(lora=LoraRecipe(**LORA)))
+    require_packages(TrainRecipe(lora=LoraRecipe()))

@@ -12,7 +12,7 @@ import selfplay.judges.guard as guard_module
 from selfplay import store
 from selfplay.errors import JudgeError, RecipeError, SecurityError, StorageError
 from selfplay.judges import make_judge
-from selfplay.judges.api import MAX_FAILURES, ApiJudge
+from selfplay.judges.api import MAX_FAILURES, MAX_TRIED, ApiJudge
 from selfplay.judges.contract import judge_checked
 from selfplay.judges.endpoint import Pacer, retry_after
 from selfplay.judges.journal import Journal, Reply
@@ -48,7 +48,7 @@ def groups_of(count):
 
 
 def judge_in(folder, judge, groups):
-    return judge_groups(judge, groups, CONTEXT, folder, SILENT, "judging")
+    return list(judge_groups(judge, groups, CONTEXT, folder, SILENT, "judging"))
 
 
 def test_an_endpoint_scores_as_the_llm_judge_does_and_is_sent_what_the_recipe_says():
@@ -257,6 +257,36 @@ def test_a_server_that_goes_down_stops_the_stage_and_nothing_is_asked_twice_on_r
         assert usage_of(tmp_path)["num_calls"] == 40
         assert list(judge_in(tmp_path, again, groups)) == list(judgements)
     assert len(server.asked) == 40 + MAX_FAILURES
+
+
+def test_questions_that_never_get_a_reply_are_none_in_the_end_and_stop_nothing_more(tmp_path):
+    groups, bad = groups_of(20), range(10, 15)
+
+    def script(asked):
+        return http(503) if any(f"ask {n}" in asked.text for n in bad) else graded(asked)
+
+    with Server(script) as server:
+        for _ in range(MAX_TRIED - 1):
+            with pytest.raises(JudgeError, match=f"{MAX_FAILURES} calls in a row"):
+                judge_in(tmp_path, make_api_judge(server.url, max_retries=0, max_concurrency=1), groups)
+        judgements = judge_in(tmp_path, make_api_judge(server.url, max_retries=0, max_concurrency=1), groups)
+    assert [j.scores for j in judgements] == [(None, None) if n in bad else (4.0, 1.0) for n in range(20)]
+    assert all("HTTP 503" in note for n in bad for note in judgements[n].notes)
+
+
+def test_a_server_that_is_down_for_many_runs_of_the_command_loses_no_verdict(tmp_path):
+    groups, up = groups_of(20), 3
+
+    def script(asked):
+        return graded(asked) if asked.number < up else http(503)
+
+    with Server(script) as server:
+        for _ in range(MAX_TRIED + 2):
+            with pytest.raises(JudgeError, match="in a row"):
+                judge_in(tmp_path, make_api_judge(server.url, max_retries=0, max_concurrency=1), groups)
+        up = 10**6
+        judgements = judge_in(tmp_path, make_api_judge(server.url), groups)
+    assert [j.scores for j in judgements] == [(4.0, 1.0)] * 20
 
 
 def test_a_server_that_refuses_many_questions_in_a_row_is_up(tmp_path):

@@ -29,6 +29,7 @@ ORDER = (
     "recipe_file",
     "adapters",
     "store",
+    "changes",
     "records",
     "progress",
     "chat",

@@ -16,11 +16,12 @@ from selfplay.errors import DataError, RecipeError
 from selfplay.generators.engine import EngineSettings, Request
 from selfplay.generators.transformers import TransformersEngine
 from selfplay.plan import num_parameters, num_trained
-from selfplay.recipe_train import LoraRecipe
+from selfplay.recipe_train import LoraRecipe, TrainRecipe
 from selfplay.train.logps import TokenLogps
 from selfplay.train.loop import run_training
 from selfplay.train.model import load_model
 from selfplay.train.pack import build_packs
+from selfplay.train.settings import require_packages
 from selfplay.types import PreferencePair, Sampling
 
 LORA = {"r": 4, "lora_alpha": 8}
@@ -197,6 +198,13 @@ def test_an_adapter_without_its_base_says_where_it_should_be(adapter: Path, tmp_
     (moved / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(DataError, match="/gone is no model folder"):
         base_folder(moved)
+
+
+def test_missing_peft_is_said_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match=r"train\.lora needs peft.*selfplay-dpo\[peft\]"):
+        require_packages(TrainRecipe(lora=LoraRecipe()))
+    require_packages(TrainRecipe())
 
 
 def test_merge_refuses_what_is_no_adapter(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

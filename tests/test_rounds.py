@@ -317,7 +317,7 @@ def test_a_run_that_the_gate_stopped_goes_on_with_a_wider_one_and_its_recipe_say
             return [] if None in judgement.scores else super().select(group, judgement)
 
     out = tmp_path / "run"
-    with pytest.raises(UnparsedGateError, match=r"keeps its recipe, but for pairs\.max_unparsed"):
+    with pytest.raises(UnparsedGateError, match=r"goes on with another pairs\.max_unparsed"):
         iterate(changed(rig, rounds=1), out, judge=choosy, selector=Judged())
     judged = (out / "round-000/judgements/00000.jsonl").stat().st_mtime_ns
     iterate(

@@ -58,6 +58,14 @@ def test_the_order_of_groups_and_completions_changes_nothing(folder: Path) -> No
     assert [tuple(reversed(judgement.scores)) for judgement in back[::-1]] == [j.scores for j in forward]
 
 
+def test_what_else_is_judged_in_the_same_call_changes_nothing(folder: Path) -> None:
+    judge = Similarity(folder)
+    texts = [f"{n} red houses stand on {'a hill and ' * (n % 7)}another hill" for n in range(60)]
+    groups = [group(*texts[n : n + 4], gold=f"the red hill {'far ' * n}away") for n in range(0, 60, 4)]
+    together = judge.judge(groups, JudgeContext())
+    assert [judge.judge([one], JudgeContext())[0].scores for one in groups] == [j.scores for j in together]
+
+
 def test_a_prompt_without_a_gold_answer_gets_no_verdict_and_loads_nothing(folder: Path) -> None:
     judge = Similarity(folder)
     (verdict,) = judge.judge([group("a", "b", gold=None)], JudgeContext())

@@ -8,6 +8,7 @@ import pytest
 from scripted_run import ok, write_recipe
 
 from selfplay import store
+from selfplay.chat import Chat
 from selfplay.cli import main
 from selfplay.single import read_groups
 from selfplay.types import Demonstration, Drop, PreferencePair
@@ -162,6 +163,39 @@ def test_an_input_that_a_stage_needs_is_asked_for(
     assert missing in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("command", "unread"),
+    [
+        ("judge", "--model"),
+        ("pairs", "--previous"),
+        ("pairs", "--judgements"),
+        ("train", "--optimizer-state"),
+        ("train", "--name"),
+        ("train", "--split"),
+        ("calibrate", "--split"),
+        ("train-reward", "--name"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(
+    command: str, unread: str, run: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sections = {"judge": None, "pairs": {"kind": "gold_vs_completion"}} if unread == "--judgements" else {}
+    recipe = [] if command == "train-reward" else [str(write_recipe(tmp_path, tiny, **sections))]
+    groups, pairs = ["--groups", str(run / "round-000" / "groups")], ["--pairs", str(run / "round-000" / "pairs.jsonl")]
+    judgements = [] if sections else ["--judgements", str(run / "round-000" / "judgements")]
+    needed = {
+        "judge": groups,
+        "pairs": [*groups, *judgements],
+        "train": ["--model", str(tiny), *pairs],
+        "calibrate": pairs,
+        "train-reward": ["--model", str(tiny), *pairs],
+    }
+    given = [command, *recipe, *needed[command], "--out", str(tmp_path / "out"), unread]
+    assert main([*given, str(tiny if unread == "--model" else recipe[0] if recipe else "other")]) == 64
+    assert unread in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_train_takes_any_preference_data(
     recipe: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -303,6 +337,19 @@ def test_half_done_sampling_does_not_go_on_with_another_engine(
     assert main(generate) == 0
     assert main([*generate, "--set", change]) == 64
     assert "generator" in capsys.readouterr().err
+
+
+def test_half_done_judging_by_a_model_does_not_go_on_with_another_engine_or_chat(
+    run: Path, recipe: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "template.jinja").write_text(Chat.load(str(tiny)).tokenizer.chat_template + "{# other #}")
+    judge = ["judge", str(recipe), "--groups", str(run / "round-000" / "groups"), "--model", str(tiny)]
+    judge += ["--out", str(tmp_path / "judged"), "--set", "judge={kind: llm, max_tokens: 4}"]
+    judge += ["--set", "generator={kind: transformers, dtype: float32}"]
+    assert main(judge) == 0
+    for change in ("generator.dtype=bfloat16", f"chat.chat_template={tmp_path / 'template.jinja'}"):
+        assert main([*judge, "--set", change]) == 64
+        assert f"{change.partition('.')[0]}: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("change", ["evaluate.greedy=false", "evaluate.kl=false"])

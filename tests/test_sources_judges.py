@@ -127,7 +127,7 @@ def test_every_source_tells_how_good_its_judge_is_on_labelled_pairs(
     ok("iterate", mixed, "--out", out)
     capsys.readouterr()
     found = store.read_json(out / "round-000" / "round.json")["sources"]
-    assert found["open"]["audit"]["calibration"]["num_pairs"] == 4
+    assert found["open"]["audit"]["calibration"][0]["num_pairs"] == 4
     assert found["rules"]["audit"]["calibration"] is None
     ok("status", out)
     said = capsys.readouterr().out

@@ -272,10 +272,10 @@ def test_a_trusted_judge_plays_and_its_calibration_is_in_the_rounds(
     said = capsys.readouterr()
     assert "judge: accuracy 1.000" in said.err
     assert f"judge on {labelled}: accuracy 1.000" in " ".join(said.out.split("\n"))
-    figures = store.read_json(out / "round-000" / "round.json")["audit"]["calibration"]
+    (figures,) = store.read_json(out / "round-000" / "round.json")["audit"]["calibration"]
     assert (figures["accuracy"], figures["num_pairs"]) == (1.0, 24)
     (row,) = (json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines())
-    assert row["audit"]["calibration"] == figures
+    assert row["audit"]["calibration"] == [figures]
     assert all(
         isinstance(j, float)
         for r in store.read_json_lines(out / "round-000/judgements/00000.jsonl")
@@ -315,6 +315,35 @@ def test_the_judge_of_the_panel_is_asked_for_its_accuracy_too(
     path = write_recipe(tmp_path, tiny, evaluate={"judge": judge})
     assert main(["iterate", str(path), "--out", str(tmp_path / "run")]) == 64
     assert "evaluate.judge.model" in capsys.readouterr().err
+
+
+def test_of_several_reward_models_each_shows_its_accuracy(
+    good: Path, coin: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [jsonl(tmp_path / f"{name}.jsonl", rows_of(24)) for name in ("one", "two")]
+    members = [
+        {"kind": "reward_model", "model": str(model), "calibration": str(file), "allow_chance": True}
+        for model, file in zip((good, coin), files, strict=True)
+    ]
+    judge = {"kind": "combine", "how": "weighted_mean", "normalize": "rank", "judges": members}
+    path = write_recipe(tmp_path, tiny, rounds=1, judge=judge)
+    assert main(["iterate", str(path), "--out", str(tmp_path / "run")]) == 0
+    said = " ".join(capsys.readouterr().out.split("\n"))
+    assert f"judge {good} on {files[0]}: accuracy 1.000" in said
+    assert f"judge {coin} on {files[1]}: accuracy" in said
+
+
+@pytest.mark.parametrize("key", ["judge", "evaluate.judge"])
+def test_a_panel_alone_refuses_a_judge_at_chance(
+    coin: Path, tiny: Path, tmp_path: Path, key: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = write_recipe(tmp_path, tiny), tmp_path / "panel"
+    judge = f"{{kind: reward_model, model: {coin}}}"
+    evaluate = ["evaluate", str(path), "--model", str(tiny), "--out", str(out), "--set", f"{key}={judge}"]
+    assert main(evaluate) == 64
+    assert f"{key}.model: {coin} is not shown to be better than a coin" in capsys.readouterr().err
+    assert not (out / "heldout").exists()
+    assert main([*evaluate, "--set", f"{key}.allow_chance=true"]) == 0
 
 
 def test_judging_alone_refuses_and_calibrating_does_not(

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from selfplay.commands.options import AllowCode, AsJson, Overrides, RecipeFile
+from selfplay.commands.options import AllowCode, AsJson, Overrides, RecipeFile, check_split
 from selfplay.errors import DataError
 from selfplay.progress import Reporter
 from selfplay.recipe_file import load_recipe
@@ -83,6 +83,7 @@ def calibrate_command(
     as_json: AsJson = False,
 ) -> None:
     """Test the recipe's judge on labelled preference pairs: accuracy, ties, and what length alone would give."""
+    check_split(pairs, name, split)
     loaded = load_recipe(recipe, overrides or ())
     from selfplay.calibrate import calibrate
 

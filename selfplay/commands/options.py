@@ -5,6 +5,9 @@ from typing import Annotated
 
 import typer
 
+from selfplay.errors import RecipeError
+from selfplay.prompt_rows import FILE_SUFFIXES
+
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
@@ -29,3 +32,9 @@ Groups = Annotated[
 ]
 OutFolder = Annotated[Path, typer.Option(help="The folder to write.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def check_split(pairs: str, name: str | None, split: str) -> None:
+    """RecipeError where --name or --split would do nothing."""
+    if Path(pairs).suffix in FILE_SUFFIXES and (name is not None or split != "train"):
+        raise RecipeError(f"--name and --split are of a data set id; {pairs} is a file and has neither: leave them out")

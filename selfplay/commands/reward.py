@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from selfplay.commands.options import AsJson, Model
+from selfplay.commands.options import AsJson, Model, check_split
 from selfplay.progress import Reporter
 from selfplay.recipe_reward import RewardTraining
 from selfplay.report import interval, make_console, number
@@ -59,6 +59,7 @@ def train_reward_command(
     as_json: AsJson = False,
 ) -> None:
     """Train a reward model on preference pairs (Bradley-Terry), and measure it on held-out prompts."""
+    check_split(pairs, name, split)
     from selfplay.train_reward import RewardInputs, reward_training, train_reward
 
     settings = reward_training(
@@ -100,5 +101,8 @@ def _print_figures(figures: Mapping[str, Any], out: Path) -> None:
     )
     console.print("(95 % intervals, with the number of prompts as the count)", markup=False)
     if figures["accuracy_interval"][0] <= 0.5:
-        console.print("The interval is not above chance, 0.5: a recipe that judges with this model is refused.")
+        console.print(
+            "The interval is not above chance, 0.5: a recipe that judges with this model is refused, unless it says "
+            "judge.allow_chance: true."
+        )
     console.print(f"reward model: {out}", markup=False, soft_wrap=True)

@@ -48,7 +48,11 @@ def show_command(
     folder = run / f"round-{round:03d}"
     if not (folder / "groups").is_dir():
         there = ", ".join(str(int(p.name.removeprefix("round-"))) for p in sorted(run.glob("round-*")))
-        raise DataError(f"{run}: round {round} has no completions; rounds here: {there or 'none'}")
+        if not there:
+            raise DataError(
+                f"{run}: no rounds here. Name a run directory, such as selfplay iterate RECIPE --out {run} makes"
+            )
+        raise DataError(f"{run}: round {round} has no completions; rounds here: {there}")
     pairs: dict[str, list[PreferencePair]] = {}
     if (folder / "pairs.jsonl").exists():
         for pair in store.read_records(folder / "pairs.jsonl", PreferencePair):

@@ -23,6 +23,7 @@ from selfplay.commands.options import (
     Overrides,
     RecipeFile,
     RoundIndex,
+    check_split,
 )
 from selfplay.progress import Reporter
 from selfplay.recipe_file import load_recipe
@@ -114,6 +115,7 @@ def train_command(
     overrides: Overrides = None,
 ) -> None:
     """Train on preference pairs (DPO and others), or on single completions (SFT); the policy lies in OUT/policy."""
+    check_split(pairs, name, split)
     loaded = load_recipe(recipe, overrides or ())
     from selfplay.single_train import TrainInputs, train
 

@@ -1,8 +1,9 @@
 """A model behind an OpenAI-compatible chat endpoint as a judge: the same questions, parsers and averages as llm.py.
 
 Replies are kept as they arrive (journal.py), under a digest of all that they depend on, so a run that was killed, or whose
-server was down, asks nothing twice. A call that failed is not kept: it is None with a note in its judgement where the
-stage went on, and is asked again where the stage is.
+server was down, asks nothing twice. A call that failed is None with a note in its judgement where the stage went on, and is
+asked again where the stage is. A question that got no reply in MAX_TRIED of the processes that worked on the stage, the one
+at hand among them, is no sign of a server that is down: some questions always take longer than `timeout`.
 """
 
 import asyncio
@@ -32,6 +33,7 @@ from selfplay.recipe_judges import ApiJudgeRecipe
 from selfplay.types import Group, Judgement, Message, Sampling
 
 MAX_FAILURES = 8  # calls in a row without a reply, each after all its retries: then the server is down
+MAX_TRIED = 3
 TOKENS_PER_PRICE = 1e6
 
 # How chat models spell the borders of turns. A server may read them as such wherever they stand, so they are broken.
@@ -214,8 +216,11 @@ class ApiJudge:
             reply = await endpoint.ask(messages, seed)
         except CallError as error:
             self._num_failed += 1
-            # a server that refuses a question is up
-            self._failed_in_row = self._failed_in_row + 1 if isinstance(error, NoReplyError) else 0
+            if not isinstance(error, NoReplyError):  # a server that refuses a question is up
+                self._failed_in_row = 0
+                return error
+            journal.add(key, None)
+            self._failed_in_row += journal.without_reply[key] < MAX_TRIED
             if self._failed_in_row >= MAX_FAILURES:
                 raise self._down(f"{self._failed_in_row} calls in a row got no reply; the last: {error}") from None
             return error
@@ -226,7 +231,8 @@ class ApiJudge:
     def _down(self, what: str) -> JudgeError:
         return JudgeError(
             f"judge {self.recipe.base_url}, model {self.recipe.model}: {what}.\nThe replies so far are kept; when the server "
-            "works again, the same command goes on from them (judge.deadline, timeout and max_retries may be changed)"
+            "works again, the same command goes on from them (judge.deadline, timeout and max_retries may be changed). A "
+            f"question that gets none in {MAX_TRIED} runs of the command has no verdict, and stops no more"
         )
 
 

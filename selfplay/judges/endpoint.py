@@ -167,7 +167,7 @@ class Endpoint:
         if now + pause > self._until:
             raise JudgeError(
                 f"judge {self.settings.base_url}: {again}; a pause of {pause:.0f} s would end after judge.deadline. "
-                "The verdicts so far are kept, and the same command goes on from them"
+                "The verdicts so far are kept, and the same command goes on from them (judge.deadline may be changed)"
             )
         await asyncio.sleep(pause)
 

@@ -1,13 +1,15 @@
 """What was paid for is kept as it arrives: an append-only file of replies beside the judgements.
 
 `replies.log` holds one JSON line per reply: the digest of its question, the text, and the tokens that the server counted. A
-line is synced before the next question's reply is used, and half a line, which a kill may leave, is cut off on opening. It
-is a log and no artifact: its order is that of arrival, it has no digest beside it, and what trains is in the judgements.
+line without a reply says that the question got none, after all its tries. A line is synced before the next question's reply
+is used, and half a line, which a kill may leave, is cut off on opening. It is a log and no artifact: its order is that of
+arrival, it has no digest beside it, and what trains is in the judgements.
 """
 
 import contextlib
 import json
 import os
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -37,18 +39,21 @@ class Reply:
 @dataclass(frozen=True, slots=True)
 class _Line:
     key: str
-    reply: Reply
+    reply: Reply | None
 
 
 _LINE = TypeAdapter(_Line)
 
 
 class Journal:
-    """The replies of one stage, in a `with` block; `folder` is that of its judgements, None keeps them in memory alone."""
+    """The replies of one stage, in a `with` block; `folder` is that of its judgements, None keeps them in memory alone.
+    `without_reply` counts, by question, how often it was asked in vain.
+    """
 
     def __init__(self, folder: Path | None) -> None:
         self.path = None if folder is None else folder / NAME
         self.replies: dict[str, Reply] = {}
+        self.without_reply: Counter[str] = Counter()
 
     def __enter__(self) -> Self:
         if self.path is not None:
@@ -73,17 +78,26 @@ class Journal:
             try:
                 found = _LINE.validate_json(line)
             except ValidationError as error:
-                raise StorageError(f"{self.path}:{number}: damaged; delete the file to ask anew") from error
-            self.replies[found.key] = found.reply
+                raise StorageError(
+                    f"{self.path}:{number}: damaged; delete this line to ask its question again"
+                ) from error
+            self._keep(found)
         return whole
 
-    def add(self, key: str, reply: Reply) -> None:
-        """Keeps a reply; after this it is on the disk."""
-        self.replies[key] = reply
+    def _keep(self, line: _Line) -> None:
+        if line.reply is None:
+            self.without_reply[line.key] += 1
+        else:
+            self.replies[line.key] = line.reply
+
+    def add(self, key: str, reply: Reply | None) -> None:
+        """Keeps a reply, or that there was none; after this it is on the disk."""
+        line = _Line(key, reply)
+        self._keep(line)
         if self.path is None:
             return
         try:
-            self._file.write(json.dumps(asdict(_Line(key, reply))).encode() + b"\n")
+            self._file.write(json.dumps(asdict(line)).encode() + b"\n")
             self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:

@@ -238,7 +238,8 @@ def label_token_ids(chat: Chat, labels: Sequence[str]) -> list[int]:
             )
         if encoded[0] in ids:
             raise RecipeError(
-                f"judge.template: the labels {labels[ids.index(encoded[0])]!r} and {label!r} are the same token."
+                f"judge.template: the labels {labels[ids.index(encoded[0])]!r} and {label!r} are the same token. "
+                "Take other labels, or use verdict: parse."
             )
         ids.append(encoded[0])
     return ids

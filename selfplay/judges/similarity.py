@@ -15,7 +15,8 @@ from selfplay.store import file_digest
 from selfplay.types import Group, Judgement
 
 BATCH_SIZE = 32
-# Where a text stands in a batch changes the last bits of its embedding, so scores end before those.
+# The texts beside it in a batch, and so the shard that it is judged in, change the last bits of a text's embedding: scores
+# end before those. Two texts whose cosines are that close are a tie.
 DECIMALS = 5
 
 
@@ -28,7 +29,7 @@ def open_similarity(model: str) -> "Similarity":
     folder = local_model(model)
     if not (folder / "modules.json").is_file():
         raise DataError(
-            f"judge.model {model}: {folder} has no modules.json, so it is no model of sentence-transformers"
+            f"judge.model {model}: {folder} has no modules.json, so it is no model of sentence-transformers; name one"
         )
     return Similarity(folder)
 

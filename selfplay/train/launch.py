@@ -57,7 +57,9 @@ def run_in_child(job: TrainJob | KLJob, report: Reporter) -> dict[str, Any]:
     if code == -signal.SIGTERM:  # it was asked to stop, and had nothing to save yet
         raise KeyboardInterrupt
     if code != 0:
-        raise errors.SelfplayError(f"the training process ended with code {code}; its own message is above")
+        raise errors.SelfplayError(
+            f"the training process ended with code {code}; its own message is above. The same command goes on"
+        )
     return result
 
 

@@ -51,6 +51,7 @@ def merge_adapter(folder: Path, out: Path, *, dtype: str, base: Path | None = No
     """A full checkpoint at `out`: the base with the adapter added to its weights, computed in fp32. `base` takes the place of
     the one that the adapter was trained on; DataError where the adapter doesn't fit it.
     """
+    import_peft()
     from peft.tuners.lora import LoraLayer
     from transformers import AutoConfig, AutoModelForCausalLM
 

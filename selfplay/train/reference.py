@@ -140,7 +140,8 @@ def audit_engine(module: TokenLogps, groups: Sequence[Group], *, bound: float, w
         raise AuditError(
             f"the engine and the trainer disagree about the same tokens by {figures['audit/mean_difference']:.3f} nats a "
             f"token on average (train.max_audit_difference is {bound}). One of them has other weights, another chat "
-            "template or another dtype. Nothing was trained"
+            "template or another dtype. Nothing was trained. Look at generator.dtype, train.bf16 and chat.chat_template; where "
+            "two dtypes are all that differs, raise train.max_audit_difference"
         )
     return figures
 

@@ -103,16 +103,18 @@ def settings_at(recipe: TrainRecipe, round: int, *, bf16: bool) -> TrainSettings
     return TrainSettings(**values)
 
 
-def require_bitsandbytes(recipe: TrainRecipe) -> None:
-    """RecipeError where the recipe needs bitsandbytes and it isn't installed: asked at the start of a run, not when training
+def require_packages(recipe: TrainRecipe) -> None:
+    """RecipeError where training needs a package that isn't installed: asked at the start of a run, not when training
     begins.
     """
-    wanted = {
-        "train.optim adamw_bnb_8bit": ("adamw_torch", recipe.optim == "adamw_bnb_8bit"),
-        "train.lora.load_in_4bit": ("load_in_4bit: false", recipe.lora is not None and recipe.lora.load_in_4bit),
-    }
-    for what, (instead, asked) in wanted.items():
-        if asked and importlib.util.find_spec("bitsandbytes") is None:
+    four_bit = recipe.lora is not None and recipe.lora.load_in_4bit
+    wanted = (
+        ("train.optim adamw_bnb_8bit", "bitsandbytes", "bnb", "adamw_torch", recipe.optim == "adamw_bnb_8bit"),
+        ("train.lora.load_in_4bit", "bitsandbytes", "bnb", "load_in_4bit: false", four_bit),
+        ("train.lora", "peft", "peft", "no lora", recipe.lora is not None),
+    )
+    for what, package, extra, instead, asked in wanted:
+        if asked and importlib.util.find_spec(package) is None:
             raise RecipeError(
-                f'{what} needs bitsandbytes, which is not installed: pip install "selfplay-dpo[bnb]", or take {instead}'
+                f'{what} needs {package}, which is not installed: pip install "selfplay-dpo[{extra}]", or take {instead}'
             )

@@ -17,7 +17,7 @@ from selfplay.recipe_schedule import ScheduleName
 from selfplay.recipe_train import TrainRecipe
 from selfplay.train.loop import run_training
 from selfplay.train.optim import make_schedule
-from selfplay.train.settings import TrainJob, require_bitsandbytes
+from selfplay.train.settings import TrainJob, require_packages
 from selfplay.types import PreferencePair
 
 
@@ -183,8 +183,8 @@ def test_a_missing_bitsandbytes_is_said_at_the_start(monkeypatch: pytest.MonkeyP
     recipe = TrainRecipe(optim="adamw_bnb_8bit")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(RecipeError, match=r"pip install .*selfplay-dpo\[bnb\]"):
-        require_bitsandbytes(recipe)
-    require_bitsandbytes(TrainRecipe())
+        require_packages(recipe)
+    require_packages(TrainRecipe())
 
 
 def test_8_bit_adamw_follows_adamw_resumes_and_is_carried(

@@ -1,0 +1,143 @@
+"""A run goes on with a changed recipe where no finished file depends on what has changed."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scripted_run import ok, write_recipe
+
+from selfplay import faults, store
+from selfplay.changes import refused
+from selfplay.cli import main
+from selfplay.recipe import Recipe
+from selfplay.recipe_file import check_recipe
+
+ROUND_0 = "round-000/groups/00000.jsonl"
+PAIRS_0, REFERENCE_0 = "round-000/pairs.jsonl", "round-000/reference.safetensors"
+CHECKPOINT_0, POLICY_0 = "round-000/train/checkpoints/step-000002/SHA256SUMS", "round-000/policy/model.safetensors"
+
+
+def recipe(**sections: Any) -> Recipe:
+    data: dict[str, Any] = {
+        "model": "m",
+        "prompts": {"source": "p.jsonl", "num_prompts": 8},
+        "judge": {"kind": "coin"},
+        "train": {"bf16": False},
+    }
+    return check_recipe({**data, **sections}, "test")
+
+
+def train(**keys: Any) -> Recipe:
+    return recipe(train={"bf16": False, **keys})
+
+
+def pairs(**keys: Any) -> Recipe:
+    return recipe(pairs={"kind": "best_vs_worst", **keys})
+
+
+def holding(folder: Path, *names: str) -> Path:
+    for name in ("recipe.yaml", *names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    return folder
+
+
+OPEN = {
+    "a margin before any pairs": ([ROUND_0], pairs(min_margin=0.1), pairs()),
+    "another pairing before any pairs": ([ROUND_0], pairs(), recipe(pairs={"kind": "best_vs_random"})),
+    "training before any": ([ROUND_0, PAIRS_0], train(), train(loss_type="ipo", batch_size=8, optim="rmsprop")),
+    "a rate after the reference pass": ([PAIRS_0, REFERENCE_0, "pack_budget.json"], train(), train(learning_rate=1.0)),
+    "a rate of a round to come": ([POLICY_0], train(learning_rate=0.5), train(learning_rate=[0.5, 0.1])),
+    "a margin of a round to come": ([PAIRS_0], pairs(min_margin=0.5), pairs(min_margin=[0.5, 0.1])),
+    "the bound of the audit": ([POLICY_0], train(), train(max_audit_difference=0.5)),
+}
+CLOSED = {
+    "a margin": ([PAIRS_0], pairs(min_margin=0.1), pairs(), "pairs.min_margin", PAIRS_0),
+    "gold answers, which are in the groups": (
+        [ROUND_0],
+        pairs(),
+        recipe(pairs={"kind": "gold_vs_completion"}, judge=None),
+        "pairs.kind",
+        "",
+    ),
+    "a batch after the reference pass": ([REFERENCE_0], train(), train(batch_size=8), "train.batch_size", REFERENCE_0),
+    "a rate with a checkpoint": (
+        [CHECKPOINT_0],
+        train(),
+        train(learning_rate=1.0),
+        "train.learning_rate",
+        "delete the folder of checkpoints",
+    ),
+    "the audit's bound, which a checkpoint holds": (
+        [CHECKPOINT_0],
+        train(),
+        train(max_audit_difference=0.5),
+        "train.max_audit_difference",
+        "delete the folder of checkpoints",
+    ),
+    "a rate of a finished round": (
+        [POLICY_0],
+        train(learning_rate=0.5),
+        train(learning_rate=[0.4, 0.5]),
+        "train.learning_rate",
+        "round-000/policy",
+    ),
+    "a rate of a schedule that spans the run": (
+        [POLICY_0],
+        train(learning_rate=0.5, max_steps=4, schedule_scope="run"),
+        train(learning_rate=[0.5, 0.4], max_steps=4, schedule_scope="run"),
+        "train.learning_rate",
+        "round-000/policy",
+    ),
+    "an adapter": ([], train(), train(lora={"r": 4}), "train.lora.r", ""),
+    "another reference model": ([], train(), train(reference="./m"), "train.reference", ""),
+    "sampling": ([], recipe(), recipe(generator={"temperature": 0.5}), "generator.temperature", ""),
+    "the seed": ([], recipe(), recipe(seed=1), "seed", ""),
+}
+
+
+@pytest.mark.parametrize(("names", "old", "new"), OPEN.values(), ids=OPEN.keys())
+def test_what_no_file_depends_on_may_change(names: list[str], old: Recipe, new: Recipe, tmp_path: Path) -> None:
+    assert old != new
+    assert refused(old, new, holding(tmp_path, *names)) == []
+
+
+@pytest.mark.parametrize(("names", "old", "new", "key", "why"), CLOSED.values(), ids=CLOSED.keys())
+def test_what_a_file_depends_on_is_refused_by_its_key_with_that_file(
+    names: list[str], old: Recipe, new: Recipe, key: str, why: str, tmp_path: Path
+) -> None:
+    found = refused(old, new, holding(tmp_path, *names))
+    assert any(line.startswith(f"{key}: ") and why in line for line in found)
+
+
+def test_a_round_without_pairs_goes_on_with_another_margin_as_if_it_had_begun_so(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, run, clean = write_recipe(tmp_path, tiny, rounds=1), tmp_path / "run", tmp_path / "clean"
+    assert main(["iterate", str(path), "--out", str(run), "--set", "pairs.min_margin=9.0"]) == 76
+    assert "with other `pairs` while no round has pairs" in capsys.readouterr().err
+    sampled = (run / ROUND_0).stat().st_mtime_ns
+    ok("iterate", path, "--out", run)
+    ok("iterate", path, "--out", clean)
+    assert (run / ROUND_0).stat().st_mtime_ns == sampled
+    assert "recipe: changed on this run: pairs.min_margin: 9.0 -> 0.0" in capsys.readouterr().err
+    for name in (PAIRS_0, REFERENCE_0, POLICY_0, "recipe.yaml"):
+        assert store.file_digest(run / name) == store.file_digest(clean / name)
+    for also in ([], ["--dry-run"]):
+        assert main(["iterate", str(path), "--out", str(run), "--set", "pairs.min_margin=0.1", *also]) == 64
+        assert f"pairs.min_margin: 0.0 -> 0.1 ({PAIRS_0} depends on it)" in capsys.readouterr().err
+
+
+def test_a_training_that_broke_goes_on_with_another_rate_as_if_it_had_begun_so(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, run, clean = write_recipe(tmp_path, tiny, rounds=1), tmp_path / "run", tmp_path / "clean"
+    faults.forget()
+    with monkeypatch.context() as broken:
+        broken.setenv("SELFPLAY_FAULT", "train.gradient@2=nan")
+        assert main(["iterate", str(path), "--out", str(run), "--set", "train.learning_rate=0.1"]) == 76
+    assert (run / REFERENCE_0).exists()
+    ok("iterate", path, "--out", run)
+    ok("iterate", path, "--out", clean)
+    for name in (PAIRS_0, REFERENCE_0, POLICY_0, "round-000/train/steps.jsonl", "recipe.yaml"):
+        assert store.file_digest(run / name) == store.file_digest(clean / name)
