@@ -79,14 +79,18 @@ def audit(
 
 def chosen_longer(pairs: Sequence[PreferencePair]) -> float | None:
     """The share of pairs whose chosen completion has more tokens than the rejected one; an equal number counts half."""
-    gaps = [len(pair.chosen_token_ids) - len(pair.rejected_token_ids) for pair in pairs]
-    return sum((gap > 0) + 0.5 * (gap == 0) for gap in gaps) / len(gaps) if gaps else None
+    gaps = (len(pair.chosen_token_ids) - len(pair.rejected_token_ids) for pair in pairs)
+    return sum((gap > 0) + 0.5 * (gap == 0) for gap in gaps) / len(pairs) if pairs else None
 
 
 def histogram(scores: Sequence[float]) -> list[list[float]]:
     """Rows [low, high, count]: one per score where they are few, else bins of equal width."""
-    values = Counter(scores)
-    if len(values) <= MAX_VALUES:
+    values: Counter[float] = Counter()
+    for score in scores:
+        values[score] += 1
+        if len(values) > MAX_VALUES:
+            break
+    else:
         return [[value, value, values[value]] for value in sorted(values)]
     counts, edges = np.histogram(scores, NUM_BINS)
     return [[float(low), float(high), int(n)] for low, high, n in zip(edges[:-1], edges[1:], counts, strict=True)]

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from jobs import pair_of, random_pairs
 
 from selfplay.train.logps import attention_mask
-from selfplay.train.pack import NO_BRANCH, PADDING, Pack, build_packs, form_steps
+from selfplay.train.pack import NO_BRANCH, PADDING, Pack, build_packs
+from selfplay.train.steps import form_steps
 from selfplay.types import PreferencePair
 
 TOKENS = st.lists(st.integers(2, 9), min_size=1, max_size=6).map(tuple)
@@ -168,7 +169,7 @@ def test_the_order_is_a_function_of_seed_and_epoch() -> None:
     pairs = random_pairs(num_prompts=12, num_completions=2)
 
     def order(seed: int, epoch: int) -> list[list[int]]:
-        return form_steps(pairs, batch_size=3, seed=seed, epoch=epoch, shuffle=True)
+        return list(form_steps(pairs, batch_size=3, seed=seed, epoch=epoch, shuffle=True))
 
     assert order(0, 0) == order(0, 0)
     assert len({str(order(seed, epoch)) for seed in range(2) for epoch in range(3)}) == 6
