@@ -100,9 +100,7 @@ class Prompts(Lazy[Prompt]):
 
     def drops(self, why: Callable[[int], str]) -> Iterator[Drop]:
         """A drop for each of them; `why` gets its marks. Its source is the row's place, without a name before it."""
-        return (
-            Drop(f"{int(id):016x}", why(int(marks)), self._rows.where(int(row))) for id, row, marks in self._index
-        )
+        return (Drop(f"{int(id):016x}", why(int(marks)), self._rows.where(int(row))) for id, row, marks in self._index)
 
 
 def json_list(values: Iterable[Any], *, sort_keys: bool = False) -> Iterator[bytes]:

@@ -46,8 +46,7 @@ def make_pairs(pairings: Mapping[str, Pairing], folder: Path) -> dict[str, Selec
     (round,) = {pairing.context.round for pairing in pairings.values()}
     with scratch(folder / "selecting") as room:
         selected = {
-            name: _select(name, one, room / f"{number}-selected")
-            for number, (name, one) in enumerate(pairings.items())
+            name: _select(name, one, room / f"{number}-selected") for number, (name, one) in enumerate(pairings.items())
         }
         _require_pairs(selected, pairings, round)
         made = {
@@ -85,7 +84,9 @@ def _filter(pairing: Pairing, selected: Selection, place: Path) -> Selection:
         pairs, lost, counts = apply_filters(pairing.filters, selected.pairs, pairing.context)
         path = place / "pairs.jsonl"
         write_scratch(pairs, {PreferencePair: path})
-        selected = Selection(Records(PreferencePair, [path]), (*selected.drops, *lost), selected.unusable, tuple(counts))
+        selected = Selection(
+            Records(PreferencePair, [path]), (*selected.drops, *lost), selected.unusable, tuple(counts)
+        )
     num_own = selected.num_own_prompts(pairing.context.round)
     assert num_own + len(selected.drops) == len(pairing.groups), "every group gives pairs or a reason"
     return selected

@@ -1,5 +1,6 @@
 """Records on disk that are read when they are asked for: a pass over a million of them holds one."""
 
+from abc import abstractmethod
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -26,8 +27,8 @@ class Lazy(Sequence[R]):
             return self._items(range(len(self))[place])
         return self._item(range(len(self))[place])
 
-    def _item(self, place: int) -> R:
-        raise NotImplementedError
+    @abstractmethod
+    def _item(self, place: int) -> R: ...
 
     def _items(self, places: range) -> Sequence[R]:
         return [self._item(place) for place in places]
@@ -89,9 +90,7 @@ class Records(Lazy[R]):
             block, rest = divmod(place - self._firsts[number], STRIDE)
             if (number, block) != held:
                 held, lines = (number, block), self._lines(number, block)
-            found.append(
-                store.parse_record(lines[rest], self._kind, self._paths[number], block * STRIDE + rest + 1)
-            )
+            found.append(store.parse_record(lines[rest], self._kind, self._paths[number], block * STRIDE + rest + 1))
         return found
 
     def _lines(self, number: int, block: int) -> list[bytes]:

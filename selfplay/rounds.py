@@ -83,11 +83,9 @@ def judge_panel(round: Round, generator: Generator) -> None:
     round.run.panel.judge_all(generator, round.panel_folder, round=round.index - 1, between=between)
 
 
-def draw_prompts(round: Round) -> dict[str, Sequence[Prompt]]:
+def draw_prompts(round: Round) -> Mapping[str, Sequence[Prompt]]:
     """The prompts that this round is dealt, by source: one, of no name, where the recipe has no `sources`."""
-    prompts: dict[str, Sequence[Prompt]] = {
-        source.name: source.pool.deal(source.recipe.prompts, round.index) for source in round.run.sources
-    }
+    prompts = {source.name: source.pool.deal(source.recipe.prompts, round.index) for source in round.run.sources}
     write_prompts(round.folder / "prompts.jsonl", chain.from_iterable(prompts.values()))
     return prompts
 

@@ -42,4 +42,6 @@ def _disk(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StorageError(f"{path}: can't be written ({error.strerror}). Free space, then run the same command") from error
+        raise StorageError(
+            f"{path}: can't be written ({error.strerror}). Free space, then run the same command"
+        ) from error

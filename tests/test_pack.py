@@ -1,5 +1,6 @@
 """How pairs become steps and packs: nothing lost, nothing split, nothing that sees what it may not."""
 
+import random
 from collections import Counter
 
 import pytest
@@ -11,7 +12,7 @@ from jobs import pair_of, random_pairs
 from selfplay.train.logps import attention_mask
 from selfplay.train.pack import NO_BRANCH, PADDING, Pack, build_packs
 from selfplay.train.steps import form_steps
-from selfplay.types import PreferencePair
+from selfplay.types import PreferencePair, derive_seed
 
 TOKENS = st.lists(st.integers(2, 9), min_size=1, max_size=6).map(tuple)
 
@@ -155,6 +156,23 @@ def test_shuffled_steps_hold_every_pair_once_and_whole_prompts(
     for step in steps:
         last = pairs[step[-1]].prompt_token_ids
         assert len([i for i in step if pairs[i].prompt_token_ids != last]) < size, "overshoots by more than one prompt"
+
+
+@given(pair_lists(), st.integers(1, 5), st.integers(0, 3))
+def test_shuffled_steps_are_those_of_a_shuffled_list_of_prompts(
+    pairs: list[PreferencePair], size: int, epoch: int
+) -> None:
+    by_prompt: dict[tuple[int, ...], list[int]] = {}
+    for index, pair in enumerate(pairs):
+        by_prompt.setdefault(pair.prompt_token_ids, []).append(index)
+    prompts = list(by_prompt.values())
+    random.Random(derive_seed(1, "epoch", epoch)).shuffle(prompts)
+    steps: list[list[int]] = []
+    for indices in prompts:
+        if not steps or len(steps[-1]) >= size:
+            steps.append([])
+        steps[-1] += indices
+    assert form_steps(pairs, batch_size=size, seed=1, epoch=epoch, shuffle=True) == steps
 
 
 @given(pair_lists(), st.integers(1, 5))
