@@ -42,12 +42,13 @@ def open_rows(source: str, *, name: str | None = None, split: str = "train") -> 
         if path.suffix in FILE_SUFFIXES:
             if not path.is_file():
                 raise DataError(f"{source}: no such file")
-            found: Rows = load_dataset(path.suffix[1:], data_files=str(path), split="train")
+            found: Any = load_dataset(path.suffix[1:], data_files=str(path), split="train")
         else:
             found = load_dataset(source, name, split=split)
     except (OSError, ValueError) as error:
         raise DataError(f"{source}: can't be read as a file or a data set id ({error})") from error
-    return found
+    rows: Rows = found
+    return rows
 
 
 def _json_rows(path: Path) -> list[Row]:

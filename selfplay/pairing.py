@@ -104,7 +104,8 @@ def read_selections(folder: Path, groups: Mapping[str, Sequence[Group]]) -> dict
     dropped = np.array([id_number(drop.id) for drop in drops], "u8")
     num_drops = {name: int(np.isin(dropped, ids).sum()) for name, ids in own.items()}
     num_pairs = Counter(pair.source for pair in pairs)
-    found, pair, drop = {}, 0, 0
+    found: dict[str, Selection] = {}
+    pair = drop = 0
     for name in groups:  # whose rows stand in the files one after the other
         found[name] = Selection(
             Part(pairs, pair, pair + num_pairs[name]),

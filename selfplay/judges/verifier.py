@@ -72,7 +72,7 @@ def check_prompts(prompts: Sequence[Prompt], checks: Sequence[Check]) -> None:
     """DataError where a prompt's check is none that we know or can't be used with it, or where neither the recipe (`checks`)
     nor any prompt has one.
     """
-    own = prompts.with_checks if isinstance(prompts, Prompts) else [p for p in prompts if p.checks]
+    own: Sequence[Prompt] = prompts.with_checks if isinstance(prompts, Prompts) else [p for p in prompts if p.checks]
     for prompt in own:
         validate_checks(prompt.checks, f"{prompt.source or prompt.id}: checks")
     if prompts and not checks and not own:

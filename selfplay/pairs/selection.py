@@ -40,8 +40,9 @@ class Selection:
         ids: dict[int, array[int]] = {}
         for pair in self.pairs:
             ids.setdefault(pair.origin_round, array("Q")).append(id_number(pair.prompt_id))
-        of_all = np.concatenate([np.unique(found) for found in ids.values()]) if ids else ()
-        return len(np.unique(of_all)), {round: (len(found), len(np.unique(found))) for round, found in ids.items()}
+        prompts = {round: np.unique(np.frombuffer(found, "u8")) for round, found in ids.items()}
+        num_prompts = len(np.unique(np.concatenate([*prompts.values(), np.array([], "u8")])))
+        return num_prompts, {round: (len(found), len(prompts[round])) for round, found in ids.items()}
 
     @property
     def num_prompts(self) -> int:

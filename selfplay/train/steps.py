@@ -62,7 +62,7 @@ def form_steps(rows: Sequence[TrainRow], *, batch_size: int, seed: int, epoch: i
     of_row = prompt_numbers(rows)
     num_rows = np.bincount(of_row)
     prompts = array("I", range(len(num_rows)))
-    random.Random(derive_seed(seed, "epoch", epoch)).shuffle(prompts)  # type: ignore[arg-type]  # it takes any that can be swapped
+    random.Random(derive_seed(seed, "epoch", epoch)).shuffle(prompts)
     ends, start, done = array("I"), 0, 0
     for prompt in prompts:
         if not ends or done - start >= batch_size:
