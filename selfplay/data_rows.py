@@ -125,7 +125,10 @@ class JsonLines:
     def _block(self, block: int) -> list[str]:
         """Its lines, blank ones too."""
         start, end = self._starts[block], self._starts[block + 1]
-        data = os.pread(self._file, end - start, start)
+        try:
+            data = os.pread(self._file, end - start, start)
+        except OSError as error:  # a pipe, for one, gives its bytes once
+            raise DataError(f"{self._path}: can't be read ({error})") from error
         if zlib.crc32(data) != self._sums[block]:
             raise DataError(f"{self._path}: written over while it was in use. Bring it back, then run the same command")
         return [line.decode() for line in data.splitlines()]

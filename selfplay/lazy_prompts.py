@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any, overload
 
 import numpy as np
@@ -18,8 +19,8 @@ Index = npt.NDArray[Any]
 
 
 class Prompts(Lazy[Prompt]):
-    """Prompts of one data set, in the order of `index`. A slice is such a sequence too.
-    `name` is that of the source, where a recipe has several: it stands before the `source` of each prompt.
+    """Prompts of one data set, in the order of `index`; a slice is such a sequence too. `name` is that of the source, where a
+    recipe has several: it stands before the `source` of each prompt.
     """
 
     def __init__(self, rows: PromptRows, index: Index, name: str = "") -> None:
@@ -46,17 +47,7 @@ class Prompts(Lazy[Prompt]):
     def _made(self, row: int) -> Prompt:
         prompt = self._rows[row]
         assert isinstance(prompt, Prompt)
-        if not self._name:
-            return prompt
-        return Prompt(
-            prompt.id,
-            prompt.messages,
-            prompt.tools,
-            prompt.gold,
-            prompt.checks,
-            f"{self._name}:{prompt.source}",
-            prompt.meta,
-        )
+        return replace(prompt, source=f"{self._name}:{prompt.source}") if self._name else prompt
 
     @property
     def ids(self) -> Index:

@@ -100,9 +100,11 @@ def read_selections(folder: Path, groups: Mapping[str, Sequence[Group]]) -> dict
     filters: Any = store.read_json(path) if path.exists() else []  # rounds from before there were filters have none
     if list(groups) == [""]:
         return {"": Selection(pairs, drops, unusable, tuple(FilterCounts(**count) for count in filters))}
-    own = {name: np.array([id_number(group.prompt.id) for group in groups[name]], "u8") for name in groups}
-    dropped = np.array([id_number(drop.id) for drop in drops], "u8")
-    num_drops = {name: int(np.isin(dropped, ids).sum()) for name, ids in own.items()}
+    dropped = np.fromiter((id_number(drop.id) for drop in drops), "u8", len(drops))
+    num_drops = {}
+    for name, own in groups.items():
+        ids = np.fromiter((id_number(group.prompt.id) for group in own), "u8", len(own))
+        num_drops[name] = int(np.isin(dropped, ids).sum())
     num_pairs = Counter(pair.source for pair in pairs)
     found: dict[str, Selection] = {}
     pair = drop = 0

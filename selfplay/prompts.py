@@ -188,6 +188,7 @@ def _unique(rows: PromptRows, drops: list[Drop], length_mark: Callable[[Prompt],
 
 
 def _short_enough(prompts: Prompts, drops: list[Drop]) -> Prompts:
+    """Those without a mark of their length, and a drop for each of the others in their order."""
     wrong = prompts.marks & (TOO_LONG | NO_ROOM) != 0
     drops += prompts.only(wrong).drops(lambda marks: LONG if marks & TOO_LONG else FILLS)
     return prompts.only(~wrong)

@@ -28,6 +28,7 @@ def write_scratch(records: Iterable[Any], files: Mapping[type[Any], Path]) -> No
             for path in files.values():
                 path.parent.mkdir(parents=True, exist_ok=True)
             opened = {kind: stack.enter_context(path.open("wb")) for kind, path in files.items()}
+        # what makes the records may fail as well, and that is no matter of this disk
         for record in records:
             kind = next(kind for kind in files if isinstance(record, kind))
             with _disk(files[kind]):
