@@ -1,7 +1,7 @@
 """Where the rows of a round went, for each source of its prompts and for all together."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -32,27 +32,46 @@ def source_figures(
     """The counts of one source in a round, the mean score of its completions, and the audit of its judge. A source of several
     that gives no pair at all is an alarm: the round trains without it.
     """
-    counts, scores = _counts(groups, selection, round), [s for j in judgements or () for s in j.scores if s is not None]
+    counts = _counts(groups, selection, round)
     audited = audit(groups, judgements, selection.pairs, canaries)
-    if name and groups and not selection.own_prompts(round):
+    if name and groups and not selection.num_own_prompts(round):
         why = "; ".join(sorted(counts["num_prompts_without_pair"]))
         audited["alarms"].append(f"none of its {len(groups)} prompts gave a pair ({why}): the round trains without it")
-    return {"counts": counts, "mean_score": sum(scores) / len(scores) if scores else None, "audit": audited}
+    return {"counts": counts, "mean_score": _mean_score(judgements or ()), "audit": audited}
+
+
+def _mean_score(judgements: Sequence[Judgement]) -> float | None:
+    num_scores = 0
+
+    def known() -> Iterator[float]:
+        nonlocal num_scores
+        for judgement in judgements:
+            for score in judgement.scores:
+                if score is not None:
+                    num_scores += 1
+                    yield score
+
+    total = sum(known())
+    return total / num_scores if num_scores else None
 
 
 def _counts(groups: Sequence[Group], selection: Selection, round: int) -> dict[str, Any]:
     unused = dict(Counter(drop.reason for drop in selection.drops))
-    assert len(groups) == len(selection.own_prompts(round)) + sum(unused.values())
+    num_completions = num_tokens = 0
+    for group in groups:
+        num_completions += len(group.completions)
+        num_tokens += sum(len(completion.token_ids) for completion in group.completions)
+    assert len(groups) == selection.num_own_prompts(round) + sum(unused.values())
     return {
         "num_prompts": len(groups),
-        "num_completions": sum(len(g.completions) for g in groups),
-        "num_tokens": sum(len(c.token_ids) for g in groups for c in g.completions),
+        "num_completions": num_completions,
+        "num_tokens": num_tokens,
         "num_unusable_completions": selection.unusable,
         "num_prompts_without_pair": unused,
         "num_pairs_selected": selection.num_selected,
         "filters": [asdict(count) for count in selection.filters],
         "num_pairs": len(selection.pairs),
-        "num_pairs_of_earlier_rounds": sum(p.origin_round < round for p in selection.pairs),
+        "num_pairs_of_earlier_rounds": selection.num_before(round),
     }
 
 

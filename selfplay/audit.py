@@ -4,9 +4,10 @@ A judge rots quietly: it says the same of everything, follows the place or the l
 Each figure names one of these, and where one is far out an alarm says so. Alarms stop nothing: `max_unparsed` does that.
 """
 
-from array import array
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ MIN_SELF_RELIABILITY = 0.5
 MIN_COUNT = 20  # scores, pairs, comparisons or repeated questions below which a share says too little for an alarm
 MAX_VALUES = 12  # distinct scores that a histogram shows one by one
 NUM_BINS = 10
+NUM_AT_ONCE = 10_000
 
 
 def audit(
@@ -46,32 +48,37 @@ def audit(
     questions that were asked several times (self_agreement.py), `canaries` and `canary_loss_rate` of canaries.py.
     """
     shown = judgements or ()
-    scores, num_asked, compared, flipped = array("d"), 0, 0, 0
+    num_scores = num_asked = num_highest = compared = flipped = 0
+    highest: float | None = None
     with_itself, with_length = sign_counts([], []), sign_counts([], [])
     # a prompt at a time: groups and judgements may be too many to hold
     for group, judgement in zip(groups if shown else (), shown, strict=True):
         row = judgement.scores
         num_asked += len(row)
-        scores.extend(score for score in row if score is not None)
+        for score in (score for score in row if score is not None):
+            num_scores += 1
+            if highest is None or score > highest:
+                highest, num_highest = score, 0
+            num_highest += score == highest
         with_itself += sign_counts([row], [row])
         with_length += sign_counts([row], [[float(len(c.token_ids)) for c in group.completions]])
         compared += judgement.num_compared
         flipped += judgement.num_flipped
     asked_again = repeated(shown)
     figures: dict[str, Any] = {
-        "num_scores": len(scores),
+        "num_scores": num_scores,
         "num_compared": compared,
-        "parse_rate": len(scores) / num_asked if num_asked else None,
+        "parse_rate": num_scores / num_asked if num_asked else None,
         "tie_rate": float(with_itself[1, 1] / with_itself.sum()) if with_itself.sum() else None,
         "swap_consistency": 1 - flipped / compared if compared else None,
-        "ceiling": max(scores, default=None),
-        "ceiling_share": scores.count(max(scores)) / len(scores) if scores else None,
+        "ceiling": highest,
+        "ceiling_share": num_highest / num_scores if num_scores else None,
         "length_correlation": kendall(with_length),
         "chosen_longer": chosen_longer(pairs),
         "num_repeated": sum(map(len, asked_again)),
         "self_agreement": self_agreement(asked_again),
         "self_reliability": self_reliability(asked_again),
-        "histogram": histogram(scores),
+        "histogram": histogram(lambda: (s for judgement in shown for s in judgement.scores if s is not None)),
         **canary_figures(canaries),
     }
     return figures | {"alarms": alarms(figures, num_pairs=len(pairs))}
@@ -79,16 +86,26 @@ def audit(
 
 def chosen_longer(pairs: Sequence[PreferencePair]) -> float | None:
     """The share of pairs whose chosen completion has more tokens than the rejected one; an equal number counts half."""
-    gaps = [len(pair.chosen_token_ids) - len(pair.rejected_token_ids) for pair in pairs]
-    return sum((gap > 0) + 0.5 * (gap == 0) for gap in gaps) / len(gaps) if gaps else None
+    gaps = (len(pair.chosen_token_ids) - len(pair.rejected_token_ids) for pair in pairs)
+    return sum((gap > 0) + 0.5 * (gap == 0) for gap in gaps) / len(pairs) if pairs else None
 
 
-def histogram(scores: Sequence[float]) -> list[list[float]]:
-    """Rows [low, high, count]: one per score where they are few, else bins of equal width."""
-    values = Counter(scores)
+def histogram(scores: Callable[[], Iterable[float]]) -> list[list[float]]:
+    """Rows [low, high, count]: one per score where they are few, else bins of equal width. `scores` gives them anew for each
+    pass: there may be too many to hold.
+    """
+    values: Counter[float] = Counter()
+    low, high = math.inf, -math.inf
+    for score in scores():
+        if len(values) <= MAX_VALUES:
+            values[score] += 1
+        low, high = min(low, score), max(high, score)
     if len(values) <= MAX_VALUES:
         return [[value, value, values[value]] for value in sorted(values)]
-    counts, edges = np.histogram(scores, NUM_BINS)
+    counts, edges, rest = np.zeros(NUM_BINS, np.int64), np.empty(0), iter(scores())
+    while some := list(islice(rest, NUM_AT_ONCE)):
+        found, edges = np.histogram(some, NUM_BINS, (low, high))
+        counts += found
     return [[float(low), float(high), int(n)] for low, high, n in zip(edges[:-1], edges[1:], counts, strict=True)]
 
 

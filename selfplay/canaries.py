@@ -6,10 +6,14 @@ and pairwise judges are asked alike, at two completions a canary, and the verdic
 would be without canaries. No canary is in a group, a pair or a file that training reads.
 """
 
+from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
+
+import numpy as np
 
 from selfplay.chat import Chat
 from selfplay.types import Completion, Group, Judgement, derive_seed
@@ -63,16 +67,22 @@ def make_canaries(
     """At most one canary of each kind for `num_prompts` prompts, drawn by a hash of `seed` and their ids among those with a
     score. A kind is left out where the real completion is the same text, or no other prompt has a completion.
     """
-    known = [
-        (group, real) for group, j in zip(groups, judgements, strict=True) if (real := _median(group, j)) is not None
-    ]
-    known.sort(key=lambda pair: derive_seed(seed, "canary", pair[0].prompt.id))
+    assert len(groups) == len(judgements)
+    places, draws = array("I"), array("I")  # of the groups with a score, which are too many to hold
+    for place, judgement in enumerate(judgements):
+        if any(score is not None for score in judgement.scores):
+            places.append(place)
+            draws.append(derive_seed(seed, "canary", judgement.prompt_id))
+    order = np.argsort(np.array(draws, "u4"), kind="stable")
+    drawn = np.array(places, "u4")[order]
     made = []
-    for n, (group, real) in enumerate(known[:num_prompts]):
-        others = [one for _, one in (*known[n + 1 :], *known[:n]) if one.text]
+    for n, place in enumerate(drawn[:num_prompts]):
+        group, real = groups[place], _median(groups[place], judgements[place])
+        others = (_median(groups[other], judgements[other]) for other in chain(drawn[n + 1 :], drawn[:n]))
+        off_topic = next((other for other in others if other.text), None)
         texts = {"empty": "", "repeated": _repeated(real.text or group.prompt.text), "injection": INJECTION}
         completions = {kind: _completion(text, chat) for kind, text in texts.items()}
-        completions |= {"off_topic": others[0]} if others else {}
+        completions |= {"off_topic": off_topic} if off_topic is not None else {}
         for kind in WHAT:
             if kind in completions and completions[kind].text != real.text:
                 shown = Group(group.prompt, group.prompt_token_ids, (real, completions[kind]), group.gold)
@@ -80,10 +90,10 @@ def make_canaries(
     return made
 
 
-def _median(group: Group, judgement: Judgement) -> Completion | None:
-    """The completion with the median score, of two the lower one; None where there is no score."""
+def _median(group: Group, judgement: Judgement) -> Completion:
+    """The completion with the median score, of two the lower one; there must be a score."""
     ranked = sorted((score, k) for k, score in enumerate(judgement.scores) if score is not None)
-    return group.completions[ranked[(len(ranked) - 1) // 2][1]] if ranked else None
+    return group.completions[ranked[(len(ranked) - 1) // 2][1]]
 
 
 def _repeated(text: str) -> str:

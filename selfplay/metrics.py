@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +167,7 @@ def _state(folder: Path) -> dict[str, Any]:
 def _dealt(folder: Path) -> dict[str, int]:
     """How many prompts a round was dealt, by source; "" where the run has one."""
     path = folder / "prompts.jsonl"
-    prompts = store.read_records(path, Prompt) if path.exists() else []
+    prompts: Iterable[Prompt] = store.each_record(path, Prompt) if path.exists() else ()
     recipe, _ = parse_yaml(store.read_bytes(folder.parent / "recipe.yaml").decode(), "recipe.yaml")
     return dict(Counter(prompt.source.partition(":")[0] if "sources" in recipe else "" for prompt in prompts))
 

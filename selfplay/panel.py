@@ -21,7 +21,7 @@ class HeldOut:
     """The held-out prompts of a source and their judge. `name` is "" where the recipe has one source."""
 
     name: str
-    prompts: tuple[Prompt, ...]
+    prompts: Sequence[Prompt]
     judge: Judge | None
 
 

@@ -5,70 +5,55 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from selfplay.data_rows import FILE_SUFFIXES, Row, open_rows
 from selfplay.errors import DataError, RecipeError
 from selfplay.recipe_prompts import PromptsRecipe
 from selfplay.types import Drop, Message, Prompt, prompt_id
 
-FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 Turns = Literal["first", "last"]
 IFEVAL = ("instruction_id_list", "kwargs")
 
 
+class PromptRows:
+    """Every row of `source` as a prompt, or a drop with its reason, made when it is asked for. `form` is what was detected."""
+
+    def __init__(self, recipe: PromptsRecipe, source: str) -> None:
+        if Path(source).suffix in FILE_SUFFIXES and (recipe.name is not None or recipe.split != "train"):
+            raise RecipeError(
+                f"prompts.name and prompts.split, also those of prompts.heldout, are of data set ids; {source} is a file and "
+                "has neither"
+            )
+        self._recipe, self._source = recipe, source
+        self._rows = open_rows(source, name=recipe.name, split=recipe.split)
+        if not len(self._rows):
+            raise DataError(f"{source}: no rows")
+        self.form = _form(self._rows[0], recipe, source)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[Prompt | Drop]:
+        for number, row in enumerate(self._rows):
+            yield _prompt(row, self.form, self._recipe, self.where(number))
+
+    def __getitem__(self, number: int) -> Prompt | Drop:
+        return _prompt(self._rows[number], self.form, self._recipe, self.where(number))
+
+    def where(self, number: int) -> str:
+        """What names a row, in the `source` of its prompt."""
+        return f"{self._source}:{number + 1}"
+
+
 def read_prompts(recipe: PromptsRecipe, source: str) -> tuple[list[Prompt | Drop], str]:
-    """Every row of `source` as a prompt or a drop with its reason, and the form that was detected."""
-    if Path(source).suffix in FILE_SUFFIXES and (recipe.name is not None or recipe.split != "train"):
-        raise RecipeError(
-            f"prompts.name and prompts.split, also those of prompts.heldout, are of data set ids; {source} is a file and has "
-            "neither"
-        )
-    rows = list(read_rows(source, name=recipe.name, split=recipe.split))
-    if not rows:
-        raise DataError(f"{source}: no rows")
-    form = _form(rows[0], recipe, source)
-    return [_prompt(row, form, recipe, f"{source}:{n + 1}") for n, row in enumerate(rows)], form
+    """All rows of `source`, and their form."""
+    rows = PromptRows(recipe, source)
+    return list(rows), rows.form
 
 
-def read_rows(source: str, *, name: str | None = None, split: str = "train") -> Iterator[dict[str, Any]]:
-    """The rows of a local .jsonl, .json, .csv or .parquet file, or of a data set id through `datasets`."""
-    path = Path(source)
-    if path.suffix in (".jsonl", ".json"):
-        yield from _json_rows(path)
-        return
-    from datasets import load_dataset
-
-    try:
-        if path.suffix in (".csv", ".parquet"):
-            if not path.is_file():
-                raise DataError(f"{source}: no such file")
-            yield from load_dataset(path.suffix[1:], data_files=str(path), split="train")
-        else:
-            yield from load_dataset(source, name, split=split)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{source}: can't be read as a file or a data set id ({error})") from error
-
-
-def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: can't be read ({error})") from error
-    try:
-        # JSON lines are split at "\n" alone: U+2028 and others may stand inside a string
-        rows = json.loads(text) if path.suffix == ".json" else None
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{error.lineno}: not JSON ({error.msg})") from error
-    if rows is None:
-        rows = []
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                try:
-                    rows.append(json.loads(line))
-                except json.JSONDecodeError as error:
-                    raise DataError(f"{path}:{number}: not a JSON line ({error.msg})") from error
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise DataError(f"{path}: expected rows that are objects with named fields")
-    yield from rows
+def read_rows(source: str, *, name: str | None = None, split: str = "train") -> Iterator[Row]:
+    """The rows of a local file or of a data set id, one after the other."""
+    yield from open_rows(source, name=name, split=split)
 
 
 def _form(row: Mapping[str, Any], recipe: PromptsRecipe, source: str) -> str:

@@ -4,16 +4,19 @@ Which round gets a prompt depends on the seed and the prompt alone, never on the
 """
 
 import hashlib
-import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from selfplay.chat import Chat
+from selfplay.data_rows import FILE_SUFFIXES
 from selfplay.errors import DataError, RecipeError
-from selfplay.prompt_rows import FILE_SUFFIXES, read_prompts
+from selfplay.lazy_prompts import CHECKS, GOLD, INDEX, NO_ROOM, TOO_LONG, Index, Prompts, json_list
+from selfplay.prompt_rows import PromptRows
 from selfplay.recipe import Recipe
 from selfplay.recipe_prompts import HeldoutRecipe, PromptsRecipe
 from selfplay.recipe_values import at_round
@@ -21,6 +24,8 @@ from selfplay.types import Drop, Prompt
 
 DUPLICATE = "duplicate"
 CONTRADICTION = "duplicate with another gold answer or checks"
+LONG = "longer than max_prompt_length"
+FILLS = "leaves no room for max_tokens in the model's length"
 DROPS_SHOWN = 3
 
 
@@ -30,8 +35,8 @@ class PromptPool:
     of the source, where a recipe has several.
     """
 
-    train: tuple[Prompt, ...]
-    heldout: tuple[Prompt, ...]
+    train: Prompts
+    heldout: Prompts
     drops: tuple[Drop, ...]
     form: str
     name: str = ""
@@ -65,10 +70,15 @@ class PromptPool:
     @property
     def digest(self) -> str:
         """Changes when any prompt, gold answer or check does, and when a prompt becomes a held-out one."""
-        rows = [[[p.id, p.gold, list(p.checks)] for p in part] for part in (self.train, self.heldout)]
-        return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+        digest = hashlib.sha256()  # of the JSON text of both lists in a list, which may be too long to hold
+        for before, part in ((b"[", self.train), (b", ", self.heldout)):
+            digest.update(before)
+            for piece in json_list(part.facts, sort_keys=True):
+                digest.update(piece)
+        digest.update(b"]")
+        return digest.hexdigest()
 
-    def deal(self, recipe: PromptsRecipe, round: int) -> tuple[Prompt, ...]:
+    def deal(self, recipe: PromptsRecipe, round: int) -> Prompts:
         """The prompts of a round (0-based). RecipeError where a disjoint pool has run out."""
         if recipe.num_prompts is None:
             return self.train
@@ -95,28 +105,31 @@ def load_pool(recipe: PromptsRecipe, *, seed: int, chat: Chat | None = None, roo
     are named and not just counted, for in data that somebody wrote by hand they are a mistake.
     """
     source = recipe.needed_source
-    rows, form = read_prompts(recipe, source)
+    rows = held_rows = PromptRows(recipe, source)
     num_rows = len(rows)
     drops: list[Drop] = []
-    train = _unique(rows, drops)
-    heldout: list[Prompt] = []
+
+    def length_mark(prompt: Prompt) -> int:
+        length = 0 if chat is None else len(chat.encode_prompt(prompt))
+        return TOO_LONG if length > recipe.max_prompt_length else NO_ROOM * (room is not None and length > room)
+
+    train = _unique(rows, drops, length_mark)
+    heldout = train[:0]
     if recipe.heldout is not None and not isinstance(recipe.heldout, float):
-        held_rows, _ = read_prompts(*_heldout_of(recipe, recipe.heldout))
+        held_rows = PromptRows(*_heldout_of(recipe, recipe.heldout))
         num_rows += len(held_rows)
-        heldout = _unique(held_rows, drops)
-        seen = {p.id for p in heldout}
-        drops += [Drop(p.id, "also held out", p.source) for p in train if p.id in seen]
-        train = [p for p in train if p.id not in seen]
-    train.sort(key=lambda p: _place(seed, p.id))
+        heldout = _unique(held_rows, drops, length_mark)
+        both = np.isin(train["id"], heldout["id"])
+        drops += Prompts(rows, train[both]).drops(lambda _: "also held out")
+        train = train[~both]
+    train = train[_order(seed, train)]
     if isinstance(recipe.heldout, float):
         count = max(1, round(recipe.heldout * len(train)))
         train, heldout = train[:-count], train[-count:]
-    if chat is not None:
-        train, heldout = (_short_enough(part, recipe, chat, room, drops) for part in (train, heldout))
-    if not train:
-        reasons = Counter(d.reason for d in drops)
-        raise DataError(f"{source}: no prompt is left for training ({dict(reasons) or 'the data set is empty'})")
-    pool = PromptPool(tuple(train), tuple(heldout), tuple(drops), form)
+    kept, apart = (_short_enough(Prompts(*part), drops) for part in ((rows, train), (held_rows, heldout)))
+    pool = PromptPool(kept, apart, tuple(drops), rows.form)
+    if not pool.train:
+        raise DataError(f"{source}: no prompt is left for training ({pool.dropped or 'the data set is empty'})")
     assert pool.num_rows == num_rows, "every row is a prompt or a drop"
     return pool
 
@@ -132,9 +145,9 @@ def _heldout_of(recipe: PromptsRecipe, held: str | HeldoutRecipe) -> tuple[Promp
     return recipe, held
 
 
-def check_gold(recipe: Recipe, prompts: Sequence[Prompt]) -> None:
+def check_gold(recipe: Recipe, prompts: Prompts) -> None:
     """DataError where the pairs need gold answers and a prompt has none."""
-    missing = [p for p in prompts if p.gold is None]
+    missing = prompts.without_gold
     if missing and recipe.pairs.needs_gold:
         raise DataError(
             f"pairs.kind {recipe.pairs.kind} needs a gold answer for every prompt, but {len(missing)} of {len(prompts)} have "
@@ -142,31 +155,40 @@ def check_gold(recipe: Recipe, prompts: Sequence[Prompt]) -> None:
         )
 
 
-def _place(seed: int, id: str) -> str:
-    return hashlib.sha256(f"deal {seed} {id}".encode()).hexdigest()
+def _order(seed: int, index: Index) -> Index:
+    """The dealing order: that of a hash of seed and id. Of its 32 bytes 16 are kept, for no two prompts agree in those."""
+    places = (hashlib.sha256(f"deal {seed} {int(id):016x}".encode()).digest()[:16] for id in index["id"])
+    return np.argsort(np.fromiter(places, "S16", len(index)), kind="stable")
 
 
-def _unique(rows: Iterable[Prompt | Drop], drops: list[Drop]) -> list[Prompt]:
-    kept: dict[str, Prompt] = {}
-    for row in rows:
-        if isinstance(row, Drop):
-            drops.append(row)
-        elif (first := kept.setdefault(row.id, row)) is not row:
-            same = (first.gold, first.checks) == (row.gold, row.checks)
-            drops.append(Drop(row.id, DUPLICATE if same else CONTRADICTION, row.source))
-    return list(kept.values())
-
-
-def _short_enough(
-    prompts: list[Prompt], recipe: PromptsRecipe, chat: Chat, room: int | None, drops: list[Drop]
-) -> list[Prompt]:
-    kept = []
-    for prompt in prompts:
-        length = len(chat.encode_prompt(prompt))
-        if length > recipe.max_prompt_length:
-            drops.append(Drop(prompt.id, "longer than max_prompt_length", prompt.source))
-        elif room is not None and length > room:
-            drops.append(Drop(prompt.id, "leaves no room for max_tokens in the model's length", prompt.source))
+def _unique(rows: PromptRows, drops: list[Drop], length_mark: Callable[[Prompt], int]) -> Index:
+    """The prompts of some rows, the first of each id, in the rows' order. The drops are of this order as well."""
+    index, count = np.empty(len(rows), INDEX), 0
+    dropped: list[tuple[int, Drop]] = []
+    for number, prompt in enumerate(rows):
+        if isinstance(prompt, Drop):
+            dropped.append((number, prompt))
         else:
-            kept.append(prompt)
-    return kept
+            marks = GOLD * (prompt.gold is not None) | CHECKS * bool(prompt.checks) | length_mark(prompt)
+            index[count] = (int(prompt.id, 16), number, marks)
+            count += 1
+    index = index[:count]
+    order = np.argsort(index["id"], kind="stable")
+    ids = index["id"][order]
+    again = np.flatnonzero(ids[1:] == ids[:-1]) + 1
+    for place, first in zip(order[again], order[np.searchsorted(ids, ids[again])], strict=True):
+        number = int(index["row"][place])
+        prompt, kept = rows[number], rows[int(index["row"][first])]
+        assert isinstance(prompt, Prompt)
+        assert isinstance(kept, Prompt)
+        same = (kept.gold, kept.checks) == (prompt.gold, prompt.checks)
+        dropped.append((number, Drop(prompt.id, DUPLICATE if same else CONTRADICTION, prompt.source)))
+    drops += (drop for _, drop in sorted(dropped, key=lambda one: one[0]))
+    return np.delete(index, order[again])
+
+
+def _short_enough(prompts: Prompts, drops: list[Drop]) -> Prompts:
+    """Those without a mark of their length, and a drop for each of the others in their order."""
+    wrong = prompts.marks & (TOO_LONG | NO_ROOM) != 0
+    drops += prompts.only(wrong).drops(lambda marks: LONG if marks & TOO_LONG else FILLS)
+    return prompts.only(~wrong)

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from selfplay.progress import SILENT, Reporter
 from selfplay.protocols import FilterContext, Generator, Judge, JudgeContext, PairFilter, PairSelector
 from selfplay.recipe import Recipe
 from selfplay.recipe_file import load_recipe
+from selfplay.records import Records
 from selfplay.run import Round, Run, report_swept, start_run
 from selfplay.sources import plain
 from selfplay.stages import (
@@ -82,15 +84,15 @@ def judge_panel(round: Round, generator: Generator) -> None:
     round.run.panel.judge_all(generator, round.panel_folder, round=round.index - 1, between=between)
 
 
-def draw_prompts(round: Round) -> dict[str, tuple[Prompt, ...]]:
+def draw_prompts(round: Round) -> Mapping[str, Sequence[Prompt]]:
     """The prompts that this round is dealt, by source: one, of no name, where the recipe has no `sources`."""
     prompts = {source.name: source.pool.deal(source.recipe.prompts, round.index) for source in round.run.sources}
-    write_prompts(round.folder / "prompts.jsonl", [prompt for dealt in prompts.values() for prompt in dealt])
+    write_prompts(round.folder / "prompts.jsonl", chain.from_iterable(prompts.values()))
     return prompts
 
 
 def draw_groups(
-    round: Round, generator: Generator, prompts: Mapping[str, tuple[Prompt, ...]]
+    round: Round, generator: Generator, prompts: Mapping[str, Sequence[Prompt]]
 ) -> dict[str, Sequence[Group]]:
     """The completions of the round's prompts under the policy that it starts from; each source has its own folder."""
     sampling = sampling_at(round.run.recipe.generator, round.index, seed=round.seed("sample"))
@@ -179,8 +181,8 @@ def train_dpo(round: Round, selections: Mapping[str, Selection]) -> Path:
     from selfplay.train.launch import launch
 
     for name, selection in selections.items():
-        num_prompts = len({pair.prompt_id for pair in selection.pairs})
-        round.run.report.note(f"{round.label(name)}: {len(selection.pairs)} pairs from {num_prompts} prompts")
+        count = len(selection.pairs)
+        round.run.report.note(f"{round.label(name)}: {count} pairs from {selection.num_prompts} prompts")
     with timed(round.folder, "train"):
         launch(train_job(round), round.run.report, round.run.devices)
     return round.policy
@@ -229,7 +231,7 @@ def finish_round(round: Round) -> None:
     run, folder = round.run, round.folder
     training, sources = store.read_json(folder / "train" / "result.json"), figures_by_source(round)
     counts = all_counts({name: figures["counts"] for name, figures in sources.items()})
-    assert len(store.read_records(folder / "prompts.jsonl", Prompt)) == counts["num_prompts"]
+    assert len(Records(Prompt, [folder / "prompts.jsonl"])) == counts["num_prompts"]
     several = "" not in sources
     store.write_json(
         path,

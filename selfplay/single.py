@@ -9,7 +9,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from selfplay.chat import Chat
 from selfplay.errors import DataError, RecipeError, StorageError
 from selfplay.filters import load_programs, make_filters
 from selfplay.judges import make_judge
+from selfplay.lazy_prompts import json_list
 from selfplay.models import load_chat, local_model, open_generator, prompt_room, resolve_auto
 from selfplay.pairing import Pairing, make_pairs
 from selfplay.pairs import Selection, make_selector
@@ -120,7 +121,13 @@ def generate(recipe: Recipe, model: str, out: Path, *, round: int, report: Repor
 
 
 def _prompts_digest(prompts: Mapping[str, Sequence[Prompt]]) -> Any:
-    return plain({name: text_digest([[p.id, p.gold, p.checks] for p in own]) for name, own in prompts.items()})
+    found = {}
+    for name, own in prompts.items():
+        digest = hashlib.sha256()  # of what json.dumps of all of them would give
+        for piece in json_list([p.id, p.gold, p.checks] for p in own):
+            digest.update(piece)
+        found[name] = digest.hexdigest()
+    return plain(found)
 
 
 def _engine(recipe: Recipe) -> dict[str, Any]:
@@ -231,7 +238,10 @@ def pairs(recipe: Recipe, inputs: PairInputs, out: Path, *, allow_code: bool) ->
             name: _pairing(name, view, groups[name], inputs, allow_code=allow_code)
             for name, view in recipe.by_source.items()
         }
-        selections = make_pairs(pairings, Path(folder))
+        selections = {
+            name: replace(one, pairs=tuple(one.pairs), drops=tuple(one.drops))  # their files go with the folder
+            for name, one in make_pairs(pairings, Path(folder)).items()
+        }
         made = store.read_bytes(Path(folder) / "pairs.jsonl")
     if out.exists() and store.read_bytes(out) != made:
         raise StorageError(f"{out}: holds other pairs; remove it or take another --out")

@@ -1,16 +1,20 @@
 """The prompts of every source of a recipe. A prompt belongs to one source, and what one holds out no other trains on."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from selfplay import store
 from selfplay.chat import Chat
 from selfplay.errors import DataError
+from selfplay.lazy_prompts import Index, Prompts
 from selfplay.prompts import PromptPool, load_pool
 from selfplay.recipe import Recipe
-from selfplay.types import Drop, Prompt
+from selfplay.types import Drop
 
 
 def plain(by_source: Mapping[str, object]) -> Any:
@@ -29,16 +33,16 @@ def load_pools(recipe: Recipe, *, chat: Chat | None = None, room: int | None = N
     }
     if recipe.sources is None:
         return pools
-    owner: dict[str, tuple[str, str]] = {}
-    heldout = {name: _own(pool.heldout, name, "held out", owner) for name, pool in pools.items()}
-    train = {name: _own(pool.train, name, "also", owner) for name, pool in pools.items()}
+    owners: list[tuple[str, Index]] = []
+    heldout = {name: _own(pool.heldout, f"held out in source {name}", owners) for name, pool in pools.items()}
+    train = {name: _own(pool.train, f"also in source {name}", owners) for name, pool in pools.items()}
     found = {}
     for name, pool in pools.items():
-        kept = [tuple(_named(p, name) for p in part if isinstance(p, Prompt)) for part in (train[name], heldout[name])]
-        lost = [p for part in (train[name], heldout[name]) for p in part if isinstance(p, Drop)]
-        if not kept[0]:
+        (kept, lost), (apart, lost_apart) = train[name], heldout[name]
+        if not kept:
             raise DataError(f"sources.{name}: no prompt is left for training: other sources have them all")
-        found[name] = PromptPool(kept[0], kept[1], (*pool.drops, *lost), pool.form, name)
+        drops = (*pool.drops, *lost, *lost_apart)
+        found[name] = PromptPool(kept.named(name), apart.named(name), drops, pool.form, name)
     return found
 
 
@@ -48,25 +52,20 @@ def record_pools(pools: Mapping[str, PromptPool], folder: Path) -> None:
         return
     drops = tuple(drop for pool in pools.values() for drop in pool.drops)
     store.write_records(folder / "drops.jsonl", drops, Drop)
-    train = tuple(prompt for pool in pools.values() for prompt in pool.train)
-    heldout = tuple(prompt for pool in pools.values() for prompt in pool.heldout)
-    counts = PromptPool(train, heldout, drops, "").counts
     own = {name: pool.counts for name, pool in pools.items()}
+    counts: dict[str, Any] = {
+        key: sum(one[key] for one in own.values()) for key in ("num_rows", "num_train", "num_heldout")
+    }
+    counts["dropped"] = dict(Counter(drop.reason for drop in drops))
     store.write_json(folder / "prompts.json", counts if list(pools) == [""] else counts | {"sources": own})
 
 
-def _own(prompts: tuple[Prompt, ...], name: str, how: str, owner: dict[str, tuple[str, str]]) -> list[Prompt | Drop]:
-    """The prompts that no source had before, and a drop for each of the others; `owner` learns whose they are."""
-    found: list[Prompt | Drop] = []
-    for prompt in prompts:
-        whose, as_what = owner.setdefault(prompt.id, (name, how))
-        found.append(
-            prompt
-            if (whose, as_what) == (name, how)
-            else Drop(prompt.id, f"{as_what} in source {whose}", prompt.source)
-        )
-    return found
-
-
-def _named(prompt: Prompt, name: str) -> Prompt:
-    return replace(prompt, source=f"{name}:{prompt.source}")
+def _own(prompts: Prompts, what: str, owners: list[tuple[str, Index]]) -> tuple[Prompts, list[Drop]]:
+    """The prompts that no source had before, and a drop for each of the others; `owners` learns whose they are."""
+    whose = np.full(len(prompts), -1)
+    for number, (_, ids) in enumerate(owners):
+        whose[(whose < 0) & np.isin(prompts.ids, ids)] = number
+    reasons = [owners[number][0] for number in whose[whose >= 0]]
+    owners.append((what, prompts.ids))
+    lost = prompts.only(whose >= 0).drops(lambda _: "")
+    return prompts.only(whose < 0), [replace(drop, reason=why) for drop, why in zip(lost, reasons, strict=True)]

@@ -5,8 +5,9 @@ already there it reads them, so going on after a stop is no feature of its own.
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -64,11 +65,11 @@ def sampling_at(recipe: GeneratorRecipe, round: int, *, seed: int) -> Sampling:
     )
 
 
-def write_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
+def write_prompts(path: Path, prompts: Iterable[Prompt]) -> None:
     """The prompts of a round; on a resumed run they must be those already there."""
     if not path.exists():
         store.write_records(path, prompts, Prompt)
-    elif [p.id for p in store.read_records(path, Prompt)] != [p.id for p in prompts]:
+    elif any(a is None or b is None or a.id != b.id for a, b in zip_longest(store.each_record(path, Prompt), prompts)):
         raise StorageError(f"{path}: holds other prompts than the recipe deals now; take a new --out folder")
 
 
@@ -80,7 +81,7 @@ def sample_groups(
     with contextlib.ExitStack() as stack:
         advance = None
         for number in range(0, len(prompts), SHARD_PROMPTS):
-            chunk = prompts[number : number + SHARD_PROMPTS]
+            chunk = tuple(prompts[number : number + SHARD_PROMPTS])
             path = shard_path(folder, number // SHARD_PROMPTS)
             if not path.exists():
                 count = sampling.num_completions

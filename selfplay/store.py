@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
@@ -135,18 +135,8 @@ def _sync(path: Path) -> None:
 
 def read_bytes(path: Path) -> bytes:
     """The bytes of a finished file. StorageError where they aren't what was written."""
-    try:
-        data = path.read_bytes()
-        expected = _digest_path(path).read_text().split()[0] if _digest_path(path).exists() else None
-    except OSError as error:
-        raise StorageError(f"{path}: can't be read ({error.strerror})") from error
-    if expected is None or hashlib.sha256(data).hexdigest() == expected:
-        return data
-    temporary = path.with_name(path.name + TEMPORARY)
-    if temporary.is_file() and file_digest(temporary) == expected:
-        # a kill between the two renames of a file written anew: its digest is new, its bytes are still under that name
-        return temporary.read_bytes()
-    raise StorageError(f"{path}: damaged: its bytes differ from its .sha256. Delete both to make it anew")
+    with _open_whole(path) as file:
+        return file.read()
 
 
 def check_file(path: Path) -> None:
@@ -184,19 +174,56 @@ def read_json_lines(path: Path) -> list[Any]:
 
 def write_records(path: Path, records: Iterable[Any], kind: type[Any]) -> None:
     """Records of one kind as JSON lines, one at a time."""
-    adapter = _ADAPTERS[kind]
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:
-            file.writelines(adapter.dump_json(record) + b"\n" for record in records)
+            file.writelines(record_line(record, kind) for record in records)
 
     write_file(path, write)
 
 
+def record_line(record: Any, kind: type[Any]) -> bytes:
+    """A record as a JSON line."""
+    return _ADAPTERS[kind].dump_json(record) + b"\n"
+
+
 def read_records(path: Path, kind: type[R]) -> list[R]:
     """The records of a JSON-lines file. StorageError names the line that is no such record."""
-    lines = enumerate(read_bytes(path).split(b"\n"), 1)
-    return [parse_record(line, kind, path, number) for number, line in lines if line]
+    return list(each_record(path, kind))
+
+
+def each_record(path: Path, kind: type[R]) -> Iterator[R]:
+    """The same one by one: the file may be larger than memory."""
+    for number, line in enumerate(each_line(path), 1):
+        if line != b"\n":
+            yield parse_record(line, kind, path, number)
+
+
+def each_line(path: Path) -> Iterator[bytes]:
+    """The lines of a finished file, with their ends. StorageError, before the first, where they aren't what was written."""
+    with _open_whole(path) as file:
+        yield from file
+
+
+@contextlib.contextmanager
+def _open_whole(path: Path) -> Iterator[BinaryIO]:
+    """A finished file, at its start, after a look at its digest."""
+    temporary = path.with_name(path.name + TEMPORARY)
+    try:
+        expected = _digest_path(path).read_text().split()[0] if _digest_path(path).exists() else None
+        with path.open("rb") as file:
+            if expected is None or hashlib.file_digest(file, "sha256").hexdigest() == expected:
+                file.seek(0)
+                yield file
+                return
+    except OSError as error:
+        raise StorageError(f"{path}: can't be read ({error.strerror})") from error
+    if temporary.is_file() and file_digest(temporary) == expected:
+        # a kill between the two renames of a file written anew: its digest is new, its bytes are still under that name
+        with temporary.open("rb") as file:
+            yield file
+            return
+    raise StorageError(f"{path}: damaged: its bytes differ from its .sha256. Delete both to make it anew")
 
 
 def parse_record(line: bytes, kind: type[R], path: Path, number: int) -> R:

@@ -1,5 +1,6 @@
 """The audit of a round's judging: each way for a judge to rot shows in its figure."""
 
+import numpy as np
 import pytest
 from jobs import pair_of
 
@@ -76,8 +77,11 @@ def test_a_round_without_a_judge_has_the_figures_of_its_pairs_alone():
 
 
 def test_a_histogram_shows_few_values_one_by_one_and_many_in_bins():
-    assert histogram([0.0, 1.0, 1.0]) == [[0.0, 0.0, 1], [1.0, 1.0, 2]]
-    many = histogram([float(n) for n in range(100)])
+    assert histogram(lambda: [0.0, 1.0, 1.0]) == [[0.0, 0.0, 1], [1.0, 1.0, 2]]
+    many = histogram(lambda: (float(n) for n in range(100)))
     assert len(many) == 10
     assert [row[2] for row in many] == [10] * 10
     assert (many[0][0], many[-1][1]) == (0.0, 99.0)
+    more = np.random.default_rng(0).normal(size=25_000)
+    counts, edges = np.histogram(more, 10)
+    assert histogram(lambda: more.tolist()) == [list(row) for row in zip(edges[:-1], edges[1:], counts, strict=True)]

@@ -3,6 +3,7 @@
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from selfplay.errors import RecipeError
 from selfplay.judges import make_judge
-from selfplay.judges.combine import Combine, Member
+from selfplay.judges.combine import Combine, Combined, Member
 from selfplay.judges.contract import judge_checked
 from selfplay.protocols import JudgeContext
 from selfplay.recipe import Recipe
@@ -114,6 +115,15 @@ def test_z_scores_and_ranks_of_one_member_twice_are_known() -> None:
 def test_a_completion_that_one_member_did_not_judge_counts_for_none_of_the_ranks() -> None:
     rows: list[Row] = [[1.0, 2.0, 9.0], [1.0, 2.0, None]]
     assert combined(rows, "min", "rank").scores == (0.0, 1.0, None)
+
+
+def test_a_combination_gives_neighbouring_groups_their_own_judgements_in_any_order() -> None:
+    groups = [replace(group_of(1), prompt=Prompt(f"p{n}", ())) for n in range(7)]
+    found = [[Judgement(f"p{n}", (float(n * m),)) for n in range(7)] for m in (1, 3)]
+    judge = Combined(Combine([Member(name, Says(name, [0.0])) for name in "ab"], how="min", normalize="none"), found)
+    for first, end in ((4, 7), (0, 2), (2, 4), (4, 7)):
+        judged = judge.judge(groups[first:end], JudgeContext())
+        assert [(j.prompt_id, j.scores) for j in judged] == [(f"p{n}", (float(n),)) for n in range(first, end)]
 
 
 def test_the_identity_changes_with_anything_that_changes_a_score() -> None:

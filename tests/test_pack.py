@@ -1,5 +1,6 @@
 """How pairs become steps and packs: nothing lost, nothing split, nothing that sees what it may not."""
 
+import random
 from collections import Counter
 
 import pytest
@@ -9,8 +10,9 @@ from hypothesis import strategies as st
 from jobs import pair_of, random_pairs
 
 from selfplay.train.logps import attention_mask
-from selfplay.train.pack import NO_BRANCH, PADDING, Pack, build_packs, form_steps
-from selfplay.types import PreferencePair
+from selfplay.train.pack import NO_BRANCH, PADDING, Pack, build_packs
+from selfplay.train.steps import form_steps
+from selfplay.types import PreferencePair, derive_seed
 
 TOKENS = st.lists(st.integers(2, 9), min_size=1, max_size=6).map(tuple)
 
@@ -156,6 +158,23 @@ def test_shuffled_steps_hold_every_pair_once_and_whole_prompts(
         assert len([i for i in step if pairs[i].prompt_token_ids != last]) < size, "overshoots by more than one prompt"
 
 
+@given(pair_lists(), st.integers(1, 5), st.integers(0, 3))
+def test_shuffled_steps_are_those_of_a_shuffled_list_of_prompts(
+    pairs: list[PreferencePair], size: int, epoch: int
+) -> None:
+    by_prompt: dict[tuple[int, ...], list[int]] = {}
+    for index, pair in enumerate(pairs):
+        by_prompt.setdefault(pair.prompt_token_ids, []).append(index)
+    prompts = list(by_prompt.values())
+    random.Random(derive_seed(1, "epoch", epoch)).shuffle(prompts)
+    steps: list[list[int]] = []
+    for indices in prompts:
+        if not steps or len(steps[-1]) >= size:
+            steps.append([])
+        steps[-1] += indices
+    assert form_steps(pairs, batch_size=size, seed=1, epoch=epoch, shuffle=True) == steps
+
+
 @given(pair_lists(), st.integers(1, 5))
 def test_unshuffled_steps_cut_the_files_order(pairs: list[PreferencePair], size: int) -> None:
     steps = form_steps(pairs, batch_size=size, seed=1, epoch=0, shuffle=False)
@@ -168,7 +187,7 @@ def test_the_order_is_a_function_of_seed_and_epoch() -> None:
     pairs = random_pairs(num_prompts=12, num_completions=2)
 
     def order(seed: int, epoch: int) -> list[list[int]]:
-        return form_steps(pairs, batch_size=3, seed=seed, epoch=epoch, shuffle=True)
+        return list(form_steps(pairs, batch_size=3, seed=seed, epoch=epoch, shuffle=True))
 
     assert order(0, 0) == order(0, 0)
     assert len({str(order(seed, epoch)) for seed in range(2) for epoch in range(3)}) == 6

@@ -1,5 +1,6 @@
 """Who gets which prompt is settled by content and seed, and what leaves the pool is counted."""
 
+import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -105,6 +106,25 @@ def test_who_is_dealt_what_depends_on_seed_and_content_alone(tmp_path: Path) -> 
     other = pool_of(tmp_path / "a.jsonl", seed=1, heldout=0.2)
     assert [p.id for p in other.train] != [p.id for p in one.train]
     assert [p.messages[0].content for p in one.train] != sorted(p.messages[0].content for p in one.train)
+
+
+def test_the_digest_is_that_of_one_json_text_of_all_prompts(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "gold": "\u2028"}, {"prompt": "b", "checks": [{"min": 1, "kind": "words"}]}, *asking(4)]
+    pool = pool_of(lines(tmp_path / "a.jsonl", rows), heldout=0.3)
+    parts = [[[p.id, p.gold, list(p.checks)] for p in part] for part in (pool.train, pool.heldout)]
+    text = json.dumps(parts, sort_keys=True)
+    assert pool.digest == hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_what_is_too_long_is_dropped_in_dealing_order(tmp_path: Path, chat: Chat) -> None:
+    rows = [{"prompt": "x" * n} for n in range(1, 40)]
+    path = lines(tmp_path / "a.jsonl", rows)
+    order = [prompt.id for prompt in pool_of(path).train]
+    pool = load_pool(recipe(path, max_prompt_length=30), seed=0, chat=chat, room=20)
+    assert len(pool.dropped) == 2
+    dropped = [drop.id for drop in pool.drops]
+    assert dropped == [id for id in order if id in dropped]
+    assert [prompt.id for prompt in pool.train] == [id for id in order if id not in dropped]
 
 
 @pytest.mark.parametrize(("share", "count"), [(0.2, 6), (0.5, 15), (0.001, 1)])

@@ -6,7 +6,7 @@ import pytest
 
 from selfplay import store
 from selfplay.errors import StorageError
-from selfplay.records import Records
+from selfplay.records import Part, Records
 from selfplay.types import Judgement
 
 
@@ -30,6 +30,20 @@ def test_they_are_the_records_of_all_files_in_order(tmp_path: Path) -> None:
     assert records[-1] == whole[-1]
     with pytest.raises(IndexError):
         records[len(whole)]
+
+
+def test_of_many_records_those_asked_for_are_read_and_blank_lines_are_none(tmp_path: Path) -> None:
+    paths, whole = written(tmp_path, 21, 2, 40)
+    text = paths[2].read_bytes().split(b"\n")
+    store.write_bytes(paths[2], b"\n".join([b"", *text[:9], b"", *text[9:]]))
+    records = Records(Judgement, paths)
+    assert [records[n] for n in range(len(records))] == whole == list(records)
+    assert records[::-3] == whole[::-3]
+    part = Part(records, 15, 50)
+    assert list(part) == [part[n] for n in range(len(part))] == whole[15:50]
+    assert part[3:9] == whole[18:24]
+    assert part == whole[15:50]
+    assert part != whole[15:49]
 
 
 @pytest.mark.parametrize("cut", [slice(0, 3), slice(2, 5), slice(None, None, -2), slice(3, 3), slice(5, 99)], ids=str)

@@ -189,7 +189,7 @@ def test_groups_of_each_source_reach_exactly_their_judge_and_selector_and_rows_a
         assert Counter(recorders[name].paired) == Counter(g.prompt.id for other in mine for g in groups[other])
         selection = selections[name]
         assert {pair.prompt_id for pair in selection.pairs} | {drop.id for drop in selection.drops} == set(ids)
-        assert len(selection.own_prompts(0)) + len(selection.drops) == len(ids)
+        assert selection.num_own_prompts(0) + len(selection.drops) == len(ids)
         assert {pair.source for pair in selection.pairs} <= {name}
         assert {pair.judge for pair in selection.pairs} <= {recorders[name].identity}
     assert make_pairs(pairings, folder) == selections  # read back

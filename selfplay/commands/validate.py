@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from selfplay.commands.options import AllowCode, Overrides
+from selfplay.data_rows import FILE_SUFFIXES
 from selfplay.errors import DataError, RecipeError, SelfplayError
 from selfplay.filters import load_programs
 from selfplay.judges.api_key import read_key
@@ -15,7 +16,6 @@ from selfplay.judges.questions import Questions, check_asked
 from selfplay.judges.template import load_template
 from selfplay.judges.verifier import check_verifiable, validate_checks
 from selfplay.models import local_model
-from selfplay.prompt_rows import FILE_SUFFIXES
 from selfplay.prompts import load_pool
 from selfplay.recipe import Recipe, SourceView
 from selfplay.recipe_file import load_recipe

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal
 
 from selfplay.protocols import Judge, JudgeContext
@@ -111,13 +112,19 @@ class Combined:
     """A combination whose members have judged already, each over all groups of a stage."""
 
     def __init__(self, combine: Combine, found: Sequence[Sequence[Judgement]]) -> None:
-        self.combine = combine
-        self._by_prompt = [{judgement.prompt_id: judgement for judgement in judgements} for judgements in found]
+        self.combine, self._found, self._next = combine, found, 0
 
     @property
     def identity(self) -> str:
         return self.combine.identity
 
     def judge(self, groups: Sequence[Group], context: JudgeContext) -> list[Judgement]:
-        """One judgement per group; asks nobody."""
-        return self.combine.combined([[found[g.prompt.id] for g in groups] for found in self._by_prompt])
+        """One judgement per group; asks nobody. The groups are neighbours in the stage."""
+        first, ids = self._found[0], [group.prompt.id for group in groups]
+        # a stage asks in its order, so they come next, or behind those that are combined already
+        places = chain(range(self._next, len(first)), range(self._next))
+        place = next(place for place in places if first[place].prompt_id == ids[0])
+        self._next = place + len(ids)
+        found = [judgements[place : self._next] for judgements in self._found]
+        assert all([judgement.prompt_id for judgement in own] == ids for own in found)
+        return self.combine.combined(found)

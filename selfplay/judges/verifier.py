@@ -31,6 +31,7 @@ from selfplay.judges.checks import (
 from selfplay.judges.checks.elsewhere import Elsewhere
 from selfplay.judges.checks.foreign import FOREIGN
 from selfplay.judges.checks.verdict import NoVerdictError
+from selfplay.lazy_prompts import Prompts
 from selfplay.prompts import PromptPool
 from selfplay.protocols import JudgeContext
 from selfplay.recipe import SourceView
@@ -71,23 +72,27 @@ def check_prompts(prompts: Sequence[Prompt], checks: Sequence[Check]) -> None:
     """DataError where a prompt's check is none that we know or can't be used with it, or where neither the recipe (`checks`)
     nor any prompt has one.
     """
-    for prompt in prompts:
+    own: Sequence[Prompt] = prompts.with_checks if isinstance(prompts, Prompts) else [p for p in prompts if p.checks]
+    for prompt in own:
         validate_checks(prompt.checks, f"{prompt.source or prompt.id}: checks")
-    if prompts and not checks and not any(prompt.checks for prompt in prompts):
+    if prompts and not checks and not own:
         raise DataError(
             f"the verifier has nothing to check: none of {len(prompts)} prompts has checks (the first: {prompts[0].source}). "
             "Give the rows a column of checks (prompts.checks_column), or name some in judge.checks"
         )
-    _check_foreign(prompts, checks)
+    # a prompt at a time: there may be too many to hold
+    _check_foreign(prompts if FOREIGN.keys() & kinds(checks) else own, checks)
 
 
 def _check_foreign(prompts: Sequence[Prompt], checks: Sequence[Check]) -> None:
     """Puts the checks of other packages to the packages, with each prompt's gold answer."""
-    every = [(p, check) for p in prompts for check in flat((*checks, *p.checks)) if check["kind"] in FOREIGN]
-    with Elsewhere(kinds([check for _, check in every])) as elsewhere:
+    used = {*kinds(checks), *(kind for prompt in prompts for kind in kinds(prompt.checks))}
+    with Elsewhere(sorted(used)) as elsewhere:
         faults = [
             f"{prompt.source or prompt.id}: check {check['kind']!r}: {fault}"
-            for prompt, check in every
+            for prompt in (prompts if elsewhere.kinds else ())
+            for check in flat((*checks, *prompt.checks))
+            if check["kind"] in FOREIGN
             if (fault := elsewhere.fault(check["kind"], arguments_of(check), prompt.gold))
         ]
     if faults:
@@ -104,12 +109,13 @@ def check_verifiable(recipe: SourceView, pool: PromptPool, *, judge_given: bool)
                 _check_pool(prompts, one)
 
 
-def _check_pool(prompts: Sequence[Prompt], judge: VerifierRecipe) -> None:
+def _check_pool(prompts: Prompts, judge: VerifierRecipe) -> None:
     check_prompts(prompts, judge.checks)
     if (
         prompts
         and judge.ifeval == "loose"
-        and "ifeval" not in kinds([*judge.checks, *(c for p in prompts for c in p.checks)])
+        and "ifeval" not in kinds(judge.checks)
+        and not any("ifeval" in kinds(prompt.checks) for prompt in prompts.with_checks)
     ):
         raise RecipeError("judge.ifeval is loose, but neither judge.checks nor any prompt has a check of kind ifeval")
 

@@ -1,10 +1,15 @@
 """All groups of a round through a selector, with every row accounted for."""
 
+import hashlib
+from array import array
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import repeat
 from typing import Protocol, runtime_checkable
+
+import numpy as np
 
 from selfplay.errors import SelfplayError
 from selfplay.filters import FilterCounts
@@ -13,14 +18,14 @@ from selfplay.protocols import PairSelector
 from selfplay.types import Drop, Group, Judgement, PreferencePair
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Selection:
     """The pairs of a round after its filters, why prompts gave none, how many completions could not be used, by reason, and
-    what each filter did.
+    what each filter did. Pairs and drops may be read from disk at each pass.
     """
 
-    pairs: tuple[PreferencePair, ...]
-    drops: tuple[Drop, ...]
+    pairs: Sequence[PreferencePair]
+    drops: Sequence[Drop]
     unusable: dict[str, int] = field(default_factory=dict)
     filters: tuple[FilterCounts, ...] = ()
 
@@ -29,9 +34,33 @@ class Selection:
         """Pairs before filters."""
         return self.filters[0].num_in if self.filters else len(self.pairs)
 
-    def own_prompts(self, round: int) -> set[str]:
-        """Ids of the prompts of `round` itself that have a pair; earlier rounds' pairs may stand beside theirs."""
-        return {pair.prompt_id for pair in self.pairs if pair.origin_round == round}
+    @cached_property
+    def _numbers(self) -> tuple[int, dict[int, tuple[int, int]]]:
+        """The prompts that have a pair, and by the round that pairs stem from: (pairs, prompts that have one)."""
+        ids: dict[int, array[int]] = {}
+        for pair in self.pairs:
+            ids.setdefault(pair.origin_round, array("Q")).append(id_number(pair.prompt_id))
+        prompts = {round: np.unique(np.frombuffer(found, "u8")) for round, found in ids.items()}
+        num_prompts = len(np.unique(np.concatenate([*prompts.values(), np.array([], "u8")])))
+        return num_prompts, {round: (len(found), len(prompts[round])) for round, found in ids.items()}
+
+    @property
+    def num_prompts(self) -> int:
+        """The prompts that have a pair."""
+        return self._numbers[0]
+
+    def num_own_prompts(self, round: int) -> int:
+        """Those of them that have one made in `round`; earlier rounds' pairs may stand beside its own."""
+        return self._numbers[1].get(round, (0, 0))[1]
+
+    def num_before(self, round: int) -> int:
+        """The pairs of earlier rounds."""
+        return sum(pairs for origin, (pairs, _) in self._numbers[1].items() if origin < round)
+
+
+def id_number(id: str) -> int:
+    """8 bytes for an id, which are others for another one: a million ids as text take 100 MB."""
+    return int.from_bytes(hashlib.blake2b(id.encode(), digest_size=8).digest(), "big")
 
 
 @runtime_checkable
@@ -62,9 +91,23 @@ def select_pairs(
 
     SelfplayError where a selector pairs what does not belong together.
     """
-    pairs: list[PreferencePair] = []
-    drops: list[Drop] = []
     unusable: Counter[str] = Counter()
+    found = list(each_selected(selector, groups, judgements, unusable, round=round, judge=judge, source=source))
+    drops = tuple(row for row in found if isinstance(row, Drop))
+    return Selection(tuple(row for row in found if not isinstance(row, Drop)), drops, dict(unusable))
+
+
+def each_selected(
+    selector: PairSelector,
+    groups: Sequence[Group],
+    judgements: Sequence[Judgement] | None,
+    unusable: Counter[str],
+    *,
+    round: int,
+    judge: str,
+    source: str,
+) -> Iterator[PreferencePair | Drop]:
+    """The same row by row, a group at a time. `unusable` counts completions by the reason that keeps them out of pairs."""
     keep = isinstance(selector, _TreatsTruncated) and selector.truncated != "drop"
     judged: Iterable[Judgement | None] = repeat(None, len(groups)) if judgements is None else judgements
     for group, judgement in zip(groups, judged, strict=True):
@@ -72,10 +115,9 @@ def select_pairs(
         reasons = [unusable_reason(group, i, judgement, keep_truncated=keep) for i in range(len(group.completions))]
         found = [_checked(pair, group, judgement) for pair in selector.select(group, judgement)]
         unusable.update(reason for reason in reasons if reason is not None)
-        pairs += [replace(pair, origin_round=round, judge=judge, source=source) for pair in found]
+        yield from (replace(pair, origin_round=round, judge=judge, source=source) for pair in found)
         if not found:
-            drops.append(Drop(group.prompt.id, _why_none(selector, group, judgement, reasons), group.prompt.source))
-    return Selection(tuple(pairs), tuple(drops), dict(unusable))
+            yield Drop(group.prompt.id, _why_none(selector, group, judgement, reasons), group.prompt.source)
 
 
 def _why_none(selector: PairSelector, group: Group, judgement: Judgement | None, reasons: list[str | None]) -> str:

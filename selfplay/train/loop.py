@@ -21,13 +21,13 @@ from selfplay.train.budget import pack_tokens, with_pack_length
 from selfplay.train.checkpoint import Checkpoints, Due, Found, processes_line
 from selfplay.train.model import default_device, load_model, save_policy
 from selfplay.train.optim import carry_optimizer, make_optimizer, make_schedule, save_optimizer
-from selfplay.train.pack import form_steps
 from selfplay.train.place import place
 from selfplay.train.progress import SILENT, Progress
 from selfplay.train.reference import audit_engine
 from selfplay.train.reference_pass import find_reference, win_rates
 from selfplay.train.rows import read_rows
 from selfplay.train.settings import TrainJob, TrainSettings
+from selfplay.train.steps import Plan
 from selfplay.train.stop import stopping
 from selfplay.train.trainer import Trainer
 from selfplay.train.world import World
@@ -60,7 +60,7 @@ def _train(job: TrainJob, progress: Progress, world: World) -> dict[str, Any]:
     checkpoints = Checkpoints(out / "train" / "checkpoints", job, note=progress.note, world=world)
     found = checkpoints.newest()
     torch.manual_seed(job.seed)
-    steps = _plan(job, pairs)
+    steps = Plan(pairs, settings, seed=job.seed)
     result: dict[str, Any] = found.result if found is not None else {"num_too_long": num_too_long, "out_of_memory": []}
     model, trainer = _prepare(job, pairs, len(steps), found, result, progress, world)
     rows = found.rows if found is not None else []
@@ -163,7 +163,8 @@ def _run_steps(
         store.rewrite(path, store.json_lines(rows))
     due = Due(job.settings.save_steps)
     with stopping() as stop:
-        for number, (epoch, indices) in enumerate(steps[len(rows) :], len(rows) + 1):
+        for number in range(len(rows) + 1, len(steps) + 1):
+            epoch, indices = steps[number - 1]
             rate = trainer.schedule.get_last_lr()[0]
             figures = trainer.step(pairs, indices, number=number, check_zero=number == 1)
             rows.append({"step": number, "epoch": epoch, "learning_rate": rate, **figures})
@@ -191,18 +192,6 @@ def _run_steps(
 
 def _groups(job: TrainJob) -> list[Group]:
     return [g for path in job.groups[:1] for g in store.read_records(Path(path), Group)]
-
-
-def _plan(job: TrainJob, pairs: Sequence[TrainRow]) -> list[tuple[float, list[int]]]:
-    """(epoch, indices) of every optimizer step; max_steps goes on into further epochs, as in transformers."""
-    settings = job.settings
-    steps: list[tuple[float, list[int]]] = []
-    epoch = 0
-    while len(steps) < settings.max_steps if settings.max_steps > 0 else epoch < settings.num_train_epochs:
-        cut = form_steps(pairs, batch_size=settings.batch_size, seed=job.seed, epoch=epoch, shuffle=settings.shuffle)
-        steps += [(round(epoch + (n + 1) / len(cut), 4), indices) for n, indices in enumerate(cut)]
-        epoch += 1
-    return steps[: settings.max_steps] if settings.max_steps > 0 else steps
 
 
 def _summary(rows: list[dict[str, Any]], num_pairs: int, settings: TrainSettings) -> dict[str, Any]:

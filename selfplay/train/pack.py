@@ -7,7 +7,6 @@ Shapes: R rows (where prompts are not shared, one per sequence), T tokens of a r
 What is said of pairs holds for demonstrations, which have a chosen completion only.
 """
 
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -15,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from selfplay.types import TrainRow, derive_seed
+from selfplay.types import TrainRow
 
 Tokens = tuple[int, ...]
 T = TypeVar("T")
@@ -91,27 +90,6 @@ def _num_tokens(groups: Sequence[_Shared], shared: bool, extra: Sequence[Tokens]
         return sum(len(g.prompt) + sum(map(len, [*g.completions, *new])) for g, new in zip(groups, more, strict=True))
     rows = [len(g.prompt) + len(c) for g, new in zip(groups, more, strict=True) for c in (*g.completions, *new)]
     return len(rows) * max(rows)
-
-
-def form_steps(pairs: Sequence[TrainRow], *, batch_size: int, seed: int, epoch: int, shuffle: bool) -> list[list[int]]:
-    """Indices of the pairs of each optimizer step of an epoch.
-
-    Shuffled steps take whole prompts, so a step overshoots batch_size by at most one prompt; the order is a function of
-    seed and epoch alone. Unshuffled ones cut the file's order exactly.
-    """
-    if not shuffle:
-        return [list(range(i, min(i + batch_size, len(pairs)))) for i in range(0, len(pairs), batch_size)]
-    by_prompt: dict[Tokens, list[int]] = {}
-    for index, pair in enumerate(pairs):
-        by_prompt.setdefault(pair.prompt_token_ids, []).append(index)
-    groups = list(by_prompt.values())
-    random.Random(derive_seed(seed, "epoch", epoch)).shuffle(groups)
-    steps: list[list[int]] = [[]]
-    for group in groups:
-        if len(steps[-1]) >= batch_size:
-            steps.append([])
-        steps[-1] += group
-    return [step for step in steps if step]
 
 
 def build_packs(

@@ -22,10 +22,10 @@ from selfplay.train.logps import TokenLogps
 from selfplay.train.memory import in_smaller_packs
 from selfplay.train.model import load_model, save_policy
 from selfplay.train.optim import Masters
-from selfplay.train.pack import form_steps
 from selfplay.train.place import place
 from selfplay.train.reference import ZERO_TOLERANCE, ReferenceLogps
 from selfplay.train.settings import TrainJob, TrainSettings
+from selfplay.train.steps import form_steps
 from selfplay.train.world import World
 from selfplay.types import Demonstration, Group, Message, PreferencePair, TrainRow
 
@@ -188,7 +188,7 @@ def score_rows(
     are the same weights the first log-ratios are 0 to the last bit, in bf16 as well.
     """
     sums_CB = torch.zeros(len(rows[0].completions), len(rows))
-    assert sorted(i for step in steps for i in step) == list(range(len(rows)))
+    assert sum(map(len, steps)) == len(rows), "every row is in one step"
     finished = 0
     for step in steps:
         done = finished
@@ -240,12 +240,13 @@ def _engine_sums(job: TrainJob, rows: Sequence[TrainRow], score: Callable[[Seque
 
 def win_rates(rows: Sequence[TrainRow]) -> Tensor:
     """Win rates of chosen and rejected, shape (2, B). DataError names the first row that has none."""
-    rates = []
+    rates_2: tuple[array[float], array[float]] = (array("f"), array("f"))
     for row in rows:
         if not isinstance(row, PreferencePair) or row.chosen_win_rate is None or row.rejected_win_rate is None:
             raise DataError(
                 f"the pair of prompt {row.prompt_id} has no win rates, which loss_type sppo reads. Make pairs with "
                 "pairs.kind: win_rates, or say loss_type: sppo_hard"
             )
-        rates.append((row.chosen_win_rate, row.rejected_win_rate))
-    return torch.tensor(rates).T
+        rates_2[0].append(row.chosen_win_rate)
+        rates_2[1].append(row.rejected_win_rate)
+    return torch.stack([torch.tensor(rates) for rates in rates_2])

@@ -164,10 +164,10 @@ def _our_trainer(setup: Setup, work: Work) -> tuple[Any, list[PreferencePair], l
     from selfplay.train.budget import pack_tokens, with_pack_length
     from selfplay.train.logps import TokenLogps
     from selfplay.train.optim import Masters, make_optimizer
-    from selfplay.train.pack import form_steps
     from selfplay.train.progress import SILENT
     from selfplay.train.reference import ReferenceLogps
     from selfplay.train.settings import settings_at
+    from selfplay.train.steps import form_steps
     from selfplay.train.trainer import Trainer
     from selfplay.train.world import World
 
@@ -180,7 +180,7 @@ def _our_trainer(setup: Setup, work: Work) -> tuple[Any, list[PreferencePair], l
     )
     settings = settings_at(recipe, 0, bf16=setup.bf16)
     pairs = list(work.pairs)
-    steps = form_steps(pairs, batch_size=work.pairs_per_step, seed=0, epoch=0, shuffle=False)
+    steps = list(form_steps(pairs, batch_size=work.pairs_per_step, seed=0, epoch=0, shuffle=False))
     loaded = _our_model(setup)
     settings = with_pack_length(settings, loaded)
     masters = Masters(loaded, compute_dtype=torch.bfloat16 if setup.bf16 else torch.float32)
