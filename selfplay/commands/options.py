@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
+from selfplay.data_rows import FILE_SUFFIXES
 from selfplay.errors import RecipeError
-from selfplay.prompt_rows import FILE_SUFFIXES
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).", show_default=False)]
 Overrides = Annotated[
