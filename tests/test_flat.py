@@ -26,8 +26,8 @@ from selfplay.train.rows import read_rows
 from selfplay.train.steps import Plan
 from selfplay.types import Completion, Group, Judgement, Message, Prompt
 
-SMALL, LARGE = 400, 2000
-SHARD = 100
+SMALL, LARGE = 200, 1000
+SHARD = 50
 BYTES = 200  # numbers about a prompt, several of them at a time; a prompt alone takes 700, a pair thousands
 
 
