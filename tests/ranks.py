@@ -85,3 +85,4 @@ if __name__ == "__main__":
         found = run(given, dataclasses.replace(here, sharding=sharding))
         (folder / f"ranks-{number}-{here.rank}.json").write_text(json.dumps(found))
     leave_world(here)
+    os._exit(0)  # as selfplay.train.rank does, and for its reason

@@ -60,4 +60,8 @@ def _watch_for_stop(request: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], sys.argv[2]))
+    code = main(sys.argv[1], sys.argv[2])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # All is written. A thread of the process group that outlives the interpreter would now and then abort a process that is done.
+    os._exit(code)
