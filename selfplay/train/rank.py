@@ -63,5 +63,5 @@ if __name__ == "__main__":
     code = main(sys.argv[1], sys.argv[2])
     sys.stdout.flush()
     sys.stderr.flush()
-    # All is written. A thread of the process group that outlives the interpreter would now and then abort a process that is done.
+    # All is written, and a thread of the group that outlives the interpreter would now and then abort a process that is done.
     os._exit(code)
