@@ -109,6 +109,7 @@ def test_a_dry_run_says_what_each_process_holds(tiny: Path, tmp_path: Path, caps
     assert "neither a file nor one of eight_gpus, fsdp2_nodes, one_gpu" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_train_on_two_processes_gives_the_policy_of_one(
     tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

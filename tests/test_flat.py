@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 from jobs import job_of, pair_of
 
 from selfplay import store
@@ -25,6 +26,8 @@ from selfplay.stages import write_prompts
 from selfplay.train.rows import read_rows
 from selfplay.train.steps import Plan
 from selfplay.types import Completion, Group, Judgement, Message, Prompt
+
+pytestmark = pytest.mark.slow
 
 SMALL, LARGE = 200, 1000
 SHARD = 50

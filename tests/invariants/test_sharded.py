@@ -14,6 +14,8 @@ from tiny import make_tiny_model
 from selfplay.train.loop import run_training
 from selfplay.train.settings import TrainJob
 
+pytestmark = pytest.mark.slow
+
 PAIRS = random_pairs(num_prompts=7, num_completions=2)
 RIG: dict[str, Any] = {"batch_size": 3, "num_train_epochs": 2, "max_pack_tokens": 60}
 LORA: dict[str, Any] = {"lora": {"r": 4, "lora_alpha": 8}}

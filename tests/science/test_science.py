@@ -163,6 +163,7 @@ def test_a_file_that_was_not_named_is_asked_for(tmp_path: Path, capsys: pytest.C
     assert "--instructions" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_spin_and_its_controls_are_played_to_the_table(tiny: Path, tmp_path: Path) -> None:
     rows = [{"instruction": f"Say {n}.", "input": "", "output": f"It is {n}."} for n in range(33)]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
@@ -213,6 +214,7 @@ def test_the_judge_is_taught_as_many_yes_as_no(tiny: Path, tmp_path: Path, monke
     assert sorted(said) == ["no"] * 3 + ["yes"] * 3
 
 
+@pytest.mark.slow
 def test_rounds_and_offline_are_played_to_the_tables_at_a_matched_kl(tiny: Path, tmp_path: Path) -> None:
     heldout = str(ROOT / "recipes" / "data" / "quickstart_heldout.jsonl")
     lab = lab_of("C", tmp_path, tiny, {"ifeval": heldout}, **{"judge": {"kind": "coin"}, "pairs.truncated": "judged"})
