@@ -20,7 +20,7 @@ from selfplay.protocols import Judge
 from selfplay.recipe import Recipe
 from selfplay.recipe_file import differences, dump_recipe
 from selfplay.sources import load_pools, plain, record_pools
-from selfplay.train.devices import Devices, require_possible
+from selfplay.train.devices import Devices, require_machines, require_possible
 from selfplay.train.four_bit import playable
 from selfplay.train.settings import require_packages
 from selfplay.types import PreferencePair, derive_seed
@@ -109,6 +109,7 @@ def start_run(
     recipe.for_each(lambda name, view: require_parts(view, own[name]))  # before anything is loaded
     require_packages(recipe.train)
     require_possible(recipe.train, devices)
+    require_machines(devices)
     old = read_recipe(folder) if (folder / "recipe.yaml").exists() else None
     recipe = resolve_auto(recipe) if old is None else continued(recipe, old, folder)
     initial = local_model(recipe.model)

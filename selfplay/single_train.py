@@ -16,7 +16,7 @@ from selfplay.progress import Reporter
 from selfplay.recipe import Recipe
 from selfplay.recipe_train import reads
 from selfplay.single import claimed, source_shards, text_digest
-from selfplay.train.devices import Devices, require_possible
+from selfplay.train.devices import Devices, require_machines, require_possible
 from selfplay.train.settings import TrainJob, require_packages, schedule_span, settings_at
 from selfplay.types import Demonstration, Drop, PreferencePair, derive_seed
 
@@ -47,6 +47,7 @@ def train(recipe: Recipe, inputs: TrainInputs, out: Path, report: Reporter) -> d
     _check_inputs(recipe, inputs)
     require_packages(recipe.train)
     require_possible(recipe.train, inputs.devices)
+    require_machines(inputs.devices)
     folder = local_model(inputs.model)
     check_lora(folder, recipe.train.lora)
     chat = load_chat(str(folder), recipe.chat)

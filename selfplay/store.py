@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -237,8 +237,13 @@ def parse_record(line: bytes, kind: type[R], path: Path, number: int) -> R:
     return record
 
 
-def write_folder(path: Path, write: Callable[[Path], object]) -> None:
-    """A folder whose files `write` makes: whole or not at all, with a SHA256SUMS inside."""
+def write_folder(
+    path: Path, write: Callable[[Path], object], *, others: Callable[[], Mapping[str, str]] = dict
+) -> None:
+    """A folder whose files `write` makes: whole or not at all, with a SHA256SUMS inside. `others` waits for what other
+    processes add by `write_part`, and returns what that has returned to them: on their machines these files may be whole
+    when this one does not see them yet.
+    """
     temporary = path.with_name(path.name + TEMPORARY)
     try:
         if temporary.exists():
@@ -247,8 +252,10 @@ def write_folder(path: Path, write: Callable[[Path], object]) -> None:
         faults.hit("store.folder")
         write(temporary)
         faults.hit("store.folder.temporary")
-        files = sorted(f for f in temporary.rglob("*") if f.is_file())
-        sums = "".join(f"{file_digest(f)}  {f.relative_to(temporary)}\n" for f in files)
+        theirs = {temporary / name: digest for name, digest in others().items()}
+        files = [f for f in temporary.rglob("*") if f.is_file() and f not in theirs]
+        digests = {**theirs, **{f: file_digest(f) for f in files}}
+        sums = "".join(f"{digests[f]}  {f.relative_to(temporary)}\n" for f in sorted(digests))
         (temporary / "SHA256SUMS").write_text(sums)
         for file in [*files, temporary / "SHA256SUMS", temporary]:
             _sync(file)
@@ -263,13 +270,19 @@ def write_folder(path: Path, write: Callable[[Path], object]) -> None:
         ) from error
 
 
-def write_part(path: Path, write: Callable[[Path], object]) -> None:
-    """What another process adds to a folder while `write_folder` makes it. StorageError where the disk refuses."""
+def write_part(path: Path, write: Callable[[Path], Iterable[str]]) -> dict[str, str]:
+    """What another process adds to a folder while `write_folder` makes it: the digest of each file, by the names that `write`
+    returns. They are on disk then. StorageError where the disk refuses.
+    """
+    temporary = path.with_name(path.name + TEMPORARY)
     try:
-        write(path.with_name(path.name + TEMPORARY))
-    except OSError as error:
+        files = {name: temporary / name for name in write(temporary)}
+        for file in files.values():
+            _sync(file)
+        return {name: file_digest(file) for name, file in files.items()}
+    except WRITE_ERRORS as error:
         raise StorageError(
-            f"{path}: can't be written ({error.strerror or error}). Free space, then run the same command"
+            f"{path}: can't be written ({_reason(error)}). Free space, then run the same command"
         ) from error
 
 

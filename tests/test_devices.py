@@ -47,6 +47,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "cloud": ({"compute_environment": "AMAZON_SAGEMAKER"}, "compute_environment must be LOCAL_MACHINE"),
     "compile": ({"dynamo_config": {"dynamo_backend": "INDUCTOR"}}, "dynamo_config: nothing that"),
     "misspelt": ({"num_proceses": 4}, "num_proceses: nothing that selfplay's trainer does; leave it out"),
+    "half": ({"use_cpu": "half"}, "use_cpu must be true or false, not 'half'"),
+    "port": ({"main_process_port": "http"}, "main_process_port must be a whole number"),
+    "list": ({"fsdp_config": ["fsdp_version"]}, "fsdp_config must be a mapping"),
     "ignored modules": ({"fsdp_config": {"fsdp_ignored_modules": "head"}}, "fsdp_ignored_modules: nothing that"),
 }
 
@@ -77,6 +80,35 @@ def test_a_field_that_is_not_read_is_named_and_one_that_asks_for_nothing_is_not(
     assert read_devices(str(path)).unread == ("fsdp_config (without distributed_type FSDP)",)
 
 
+def test_what_is_said_in_words_counts_as_what_it_says(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    sharded = {"fsdp_version": 2, "fsdp_reshard_after_forward": "no", "fsdp_offload_params": "false"}
+    layers = {"fsdp_transformer_layer_cls_to_wrap": "LlamaDecoderLayer, LlamaMLP"}
+    path.write_text(
+        yaml.safe_dump({**CPU, "distributed_type": "FSDP", "use_cpu": "no", "fsdp_config": sharded | layers})
+    )
+    found = read_devices(str(path))
+    assert (found.use_cpu, found.reshard_after_forward) == (False, False)
+    assert found.layers == ("LlamaDecoderLayer", "LlamaMLP")
+    path.write_text(yaml.safe_dump({"distributed_type": "MULTI_CPU", "num_processes": 2}))
+    assert read_devices(str(path)).use_cpu
+
+
+@pytest.mark.parametrize(
+    "config",
+    [CPU, {"distributed_type": "MULTI_GPU", "num_processes": 8, "gpu_ids": "0,1,2,3,4,5,6,7", "debug": True}, {}],
+    ids=["cpus", "gpus", "one"],
+)
+def test_the_launcher_is_told_what_was_read_and_nothing_else(config: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"use_cpu": False, **config}))
+    ours = read_devices(str(tmp_path / "config.yaml"))
+    (tmp_path / "launched.json").write_text(json.dumps(ours.launched))
+    theirs = load_config_from_file(str(tmp_path / "launched.json"))
+    assert (theirs.num_processes, theirs.num_machines) == (ours.num_processes, 1)
+    assert (theirs.use_cpu, theirs.gpu_ids, theirs.debug) == (ours.use_cpu, config.get("gpu_ids", "all"), False)
+    assert (theirs.distributed_type == "MULTI_GPU") == (ours.num_processes > 1)
+
+
 EIGHT_BIT = {"optim": "adamw_bnb_8bit"}
 FOUR_BIT = {"lora": {"r": 4, "lora_alpha": 8, "load_in_4bit": True}}
 
@@ -93,12 +125,22 @@ def test_what_can_not_be_cut_over_processes_is_refused_at_the_start(
     ok(*command, "eight_gpus", "--dry-run")
 
 
-def test_several_machines_need_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_several_machines_need_slurm_and_that_is_said_at_the_start(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(tmp_path, tiny)
+    run = tmp_path / "run"
+    command = ["iterate", str(recipe), "--out", str(run), "--accelerate-config", "fsdp2_nodes"]
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    with pytest.raises(RecipeError, match="SLURM"):
-        read_devices("fsdp2_nodes").command("m", [], failed=tmp_path / "failed")
+    assert main(command) == 64
+    assert "through SLURM alone: submit recipes/accelerate/fsdp2_nodes.sbatch" in capsys.readouterr().err
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    assert read_devices("fsdp2_nodes").command("m", [], failed=tmp_path / "failed")[:3] == ["srun", "--nodes", "2"]
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main(command) == 64
+    assert "with srun, which is not found here" in capsys.readouterr().err
+    assert not (run / "recipe.yaml").exists()
+    files = {"launched": tmp_path / "launched", "failed": tmp_path / "failed"}
+    assert read_devices("fsdp2_nodes").command("m", [], **files)[:3] == ["srun", "--nodes", "2"]
 
 
 def test_a_dry_run_says_what_each_process_holds(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 
 from selfplay import store
+from selfplay.errors import RecipeError
 from selfplay.train import attention
 from selfplay.train.logps import TokenLogps
 from selfplay.train.memory import free_memory
@@ -103,16 +104,19 @@ def measured(
     that has the least room.
 
     Weights and random states stay as they are and no gradient is left. What the optimizer will take at its first step is
-    counted before it does.
+    counted before it does. RecipeError where weights are sharded and memory runs out.
     """
 
     def peak(tokens: int) -> int:
         taken, full = 0, 0
         try:
             taken = meter.peak(partial(_forward_and_backward, module, masters, settings, tokens, shared, world.device))
-        except torch.OutOfMemoryError:
-            if world.sharding is not None:  # the others are in the middle of a pass with this process
-                raise
+        except torch.OutOfMemoryError as error:
+            if world.sharding is not None:  # the others are in the middle of a pass with this process, which must end
+                raise RecipeError(
+                    f"max_pack_tokens: auto: the device's memory ran out at a pack of {tokens} tokens, which with FSDP "
+                    f"can't be undone. Set train.max_pack_tokens to less than {tokens}"
+                ) from error
             full = 1
         taken, full = world.most(taken, full)
         if full:  # everywhere, so that all go on from here together

@@ -141,25 +141,32 @@ class Checkpoints:
             text = json.dumps(data | {"fingerprint": self.fingerprint}, indent=2, allow_nan=False) + "\n"
             (folder / "checkpoint.json").write_text(text)
             (folder / "steps.jsonl").write_bytes(store.json_lines(rows))
-            self.world.wait()  # and so are the parts of the others
+
+        def others() -> dict[str, str]:
+            return {name: digest for part in self.world.gather({}) for name, digest in part.items()}
 
         path = self.folder / f"step-{step:06d}"
         if self.world.is_first:
-            store.write_folder(path, write)
+            store.write_folder(path, write, others=others)
             for old in self._folders()[:-KEPT_CHECKPOINTS]:
                 store.remove_folder(old)
         else:
             self.world.wait()
             own = _tensors(masters, optimizer) if self.world.sharding is not None else _random_tensors()
-            store.write_part(path, lambda folder: _write_tensors(folder, own, _prefix(self.world.rank)))
-            self.world.wait()
+            self.world.gather(
+                store.write_part(path, lambda folder: _write_tensors(folder, own, _prefix(self.world.rank)))
+            )
         self.world.wait()
         return path
 
     def _folders(self) -> list[Path]:
-        """Finished ones, the newest last. What else lies there is none of ours."""
-        found = [f for f in self.folder.glob("step-*") if f.name.removeprefix("step-").isdecimal()]
-        return sorted(found, key=lambda f: int(f.name.removeprefix("step-")))
+        return [folder for _, folder in finished_checkpoints(self.folder)]
+
+
+def finished_checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of those in `folder`, the newest last. What else lies there is none of ours."""
+    steps = ((f.name.removeprefix("step-"), f) for f in folder.glob("step-*"))
+    return sorted((int(step), f) for step, f in steps if step.isdecimal())
 
 
 class Due:
@@ -212,18 +219,25 @@ def _prefix(rank: int) -> str:
     return f"rank-{rank:05d}" if rank else "state"
 
 
-def _write_tensors(folder: Path, tensors: Iterator[tuple[str, Tensor]], prefix: str) -> None:
+def _write_tensors(folder: Path, tensors: Iterator[tuple[str, Tensor]], prefix: str) -> list[str]:
+    """The names of the files that were written."""
     from safetensors.torch import save_file
 
-    number, held, size = 0, dict[str, Tensor](), 0
+    names, held, size = list[str](), dict[str, Tensor](), 0
+
+    def write() -> None:
+        names.append(f"{prefix}-{len(names):05d}.safetensors")
+        save_file(held, folder / names[-1])
+
     for name, tensor in tensors:
         held[name] = tensor.contiguous()
         size += tensor.nbytes
         if size >= FILE_BYTES:
-            save_file(held, folder / f"{prefix}-{number:05d}.safetensors")
-            number, held, size = number + 1, {}, 0
+            write()
+            held, size = {}, 0
     if held:
-        save_file(held, folder / f"{prefix}-{number:05d}.safetensors")
+        write()
+    return names
 
 
 def _stored(folder: Path, ranks: Iterable[int]) -> Iterator[tuple[str, Tensor]]:

@@ -43,15 +43,19 @@ UNREAD = {
     "fsdp_min_num_params": "layers are wrapped by their class",
 }
 ASKS_FOR_NOTHING = ("", "no", "false", "none", "0", "{}", "[]")
+SAYS_YES, SAYS_NO = (
+    ("true", "yes", "on", "y", "t", "1"),
+    ("false", "no", "off", "n", "f", "0"),
+)  # as accelerate reads it
 
 
 def unread_fields(path: Path, data: dict[str, Any]) -> tuple[str, ...]:
     """Each field that is not read, with what is done instead. RecipeError where a field asks for what the trainer does not
     do, or is none that it knows.
     """
-    fsdp = data.get("fsdp_config") or {}
+    fsdp = fsdp_fields(path, data)
     kind, precision = kind_of(data), str(data.get("mixed_precision", "no")).lower()
-    for wrong, change in [*_refused(data, kind, fsdp), *_refused_fsdp(kind, fsdp, data)]:
+    for wrong, change in [*_refused(data, kind), *_refused_fsdp(path, kind, fsdp, data)]:
         if wrong:
             raise RecipeError(f"{path}: {change}")
     asked = {
@@ -85,7 +89,24 @@ def whole_number(path: Path, data: dict[str, Any], key: str, default: int) -> in
     return value
 
 
-def _refused(data: dict[str, Any], kind: str, fsdp: dict[str, Any]) -> list[tuple[bool, str]]:
+def fsdp_fields(path: Path, data: dict[str, Any]) -> dict[str, Any]:
+    """Those of fsdp_config."""
+    fields = data.get("fsdp_config") or {}
+    if not isinstance(fields, dict):
+        raise RecipeError(f"{path}: fsdp_config must be a mapping, not {fields!r}")
+    return fields
+
+
+def switch(path: Path, data: dict[str, Any], key: str, *, default: bool = False) -> bool:
+    """A field that is true or false, or says so in words; `default` where it is not there or null."""
+    value = data.get(key)
+    said = str(default if value is None else value).lower()
+    if said not in (*SAYS_YES, *SAYS_NO):
+        raise RecipeError(f"{path}: {key} must be true or false, not {value!r}")
+    return said in SAYS_YES
+
+
+def _refused(data: dict[str, Any], kind: str) -> list[tuple[bool, str]]:
     """(whether it is so, what is wrong and what to change)."""
     processes, machines, gpus = data.get("num_processes") or 1, data.get("num_machines") or 1, data.get("gpu_ids")
     named = gpus not in (None, "all")
@@ -113,15 +134,15 @@ def _refused(data: dict[str, Any], kind: str, fsdp: dict[str, Any]) -> list[tupl
     ]
 
 
-def _refused_fsdp(kind: str, fsdp: dict[str, Any], data: dict[str, Any]) -> list[tuple[bool, str]]:
-    is_fsdp, cpu = kind == "FSDP", bool(data.get("use_cpu", False))
+def _refused_fsdp(path: Path, kind: str, fsdp: dict[str, Any], data: dict[str, Any]) -> list[tuple[bool, str]]:
+    is_fsdp, cpu = kind == "FSDP", switch(path, data, "use_cpu")
     wrap = fsdp.get("fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP")
     return [
         (is_fsdp and str(fsdp.get("fsdp_version", 1)) != "2", "fsdp_version must be 2"),
         (is_fsdp and cpu, "accelerate does no FSDP on CPUs: take distributed_type MULTI_CPU"),
-        (bool(fsdp.get("fsdp_offload_params", False)), "fsdp_offload_params must be false"),
+        (switch(path, fsdp, "fsdp_offload_params"), "fsdp_offload_params must be false"),
         (
-            bool(fsdp.get("fsdp_activation_checkpointing", False)),
+            switch(path, fsdp, "fsdp_activation_checkpointing"),
             "say train.gradient_checkpointing in the recipe instead",
         ),
         (is_fsdp and wrap != "TRANSFORMER_BASED_WRAP", "fsdp_auto_wrap_policy must be TRANSFORMER_BASED_WRAP"),

@@ -1,17 +1,19 @@
 """An accelerate configuration: how many processes train, what each holds, and the command that starts them. Loads no torch."""
 
 import os
+import shutil
 import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from selfplay.errors import RecipeError
 from selfplay.recipe_file import recipe_folder
 from selfplay.recipe_train import TrainRecipe
-from selfplay.train.device_fields import kind_of, unread_fields, whole_number
+from selfplay.train.device_fields import fsdp_fields, kind_of, switch, unread_fields, whole_number
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +27,7 @@ class Devices:
     sharded: bool = False
     reshard_after_forward: bool = True
     layers: tuple[str, ...] | None = None
+    gpu_ids: str = "all"
     port: int | None = None
     unread: tuple[str, ...] = ()  # fields of the configuration that are not read, and why
 
@@ -46,24 +49,27 @@ class Devices:
         unread = [f"{self.config.name}: not read: {', '.join(self.unread)}"] if self.unread else []
         return [*unread, f"training on {self.line}"]
 
-    def command(self, module: str, arguments: list[str], *, failed: Path) -> list[str]:
-        """`accelerate launch` of a module, which writes `failed` where a process fails. RecipeError where several machines are
-        asked for outside a SLURM job.
-        """
+    @property
+    def launched(self) -> dict[str, Any]:
+        """What accelerate's launcher is told: what was read, and nothing that it would take from elsewhere."""
+        return {
+            "compute_environment": "LOCAL_MACHINE",
+            # on CPUs and with FSDP as well: it only starts processes, and of several on CPUs it would leave the rest to MPI
+            "distributed_type": "MULTI_GPU" if self.num_processes > 1 else "NO",
+            "num_processes": self.num_processes,
+            "num_machines": self.num_machines,
+            "use_cpu": self.use_cpu,
+            "gpu_ids": self.gpu_ids,
+            "mixed_precision": "no",
+        }
+
+    def command(self, module: str, arguments: list[str], *, launched: Path, failed: Path) -> list[str]:
+        """`accelerate launch` of a module, by the file `launched`, which writes `failed` where a process fails."""
         wrapper = [sys.executable, "-P", "-m", "selfplay.train.ranks", str(os.getpid()), str(failed)]
-        options = ["--config_file", str(self.config), "--main_process_port", str(self.port or free_port())]
-        options += ["--mixed_precision", "no"]  # an unquoted no of the file is false, which accelerate stumbles over
-        if self.num_processes > 1 and not self.sharded:
-            # on CPUs as well: else accelerate starts one process and leaves the rest to MPI
-            options.append("--multi_gpu")
+        options = ["--config_file", str(launched), "--main_process_port", str(self.port or free_port())]
         launch = [*options, "-m", module, *arguments]
         if self.num_machines == 1:
             return [*wrapper, *launch]
-        if "SLURM_JOB_ID" not in os.environ:
-            raise RecipeError(
-                f"{self.config}: num_machines is {self.num_machines}, and selfplay starts processes on other machines "
-                "through SLURM alone: submit recipes/accelerate/fsdp2_nodes.sbatch, or one like it"
-            )
         spread = ["srun", "--nodes", str(self.num_machines), "--ntasks-per-node", "1", "--kill-on-bad-exit=1"]
         return [*spread, *wrapper, "--main_process_ip", socket.gethostname(), *launch]
 
@@ -92,19 +98,33 @@ def read_devices(name: str) -> Devices:
         raise RecipeError(f"{path}: no accelerate configuration; make one with: accelerate config")
     processes, machines = (whole_number(path, data, key, 1) for key in ("num_processes", "num_machines"))
     unread = unread_fields(path, data)
-    fsdp = data.get("fsdp_config") or {}
+    kind, fsdp, gpus = kind_of(data), fsdp_fields(path, data), data.get("gpu_ids")
+    sharded = kind == "FSDP"
     layers = fsdp.get("fsdp_transformer_layer_cls_to_wrap")
+    wrapped = layers.split(",") if isinstance(layers, str) else layers or ()
     return Devices(
         config=path.absolute(),
         num_processes=processes,
         num_machines=machines,
-        use_cpu=bool(data.get("use_cpu", False)),
-        sharded=kind_of(data) == "FSDP",
-        reshard_after_forward=bool(fsdp.get("fsdp_reshard_after_forward", True)),
-        layers=tuple(layers.split(",") if isinstance(layers, str) else layers) if layers else None,
-        port=data.get("main_process_port") or None,
+        use_cpu=switch(path, data, "use_cpu") or kind == "MULTI_CPU",
+        sharded=sharded,
+        reshard_after_forward=not sharded or switch(path, fsdp, "fsdp_reshard_after_forward", default=True),
+        layers=tuple(name.strip() for name in wrapped) or None,
+        gpu_ids="all" if gpus is None else gpus,
+        port=whole_number(path, data, "main_process_port", 1) if data.get("main_process_port") else None,
         unread=unread,
     )
+
+
+def require_machines(devices: Devices | None) -> None:
+    """RecipeError where several machines are asked for, and nothing here starts processes on the others."""
+    if devices is None or devices.num_machines == 1:
+        return
+    asked = f"{devices.config}: num_machines is {devices.num_machines}, and selfplay starts processes on other machines"
+    if "SLURM_JOB_ID" not in os.environ:
+        raise RecipeError(f"{asked} through SLURM alone: submit recipes/accelerate/fsdp2_nodes.sbatch, or one like it")
+    if shutil.which("srun") is None:
+        raise RecipeError(f"{asked} with srun, which is not found here: run the command where SLURM's commands are")
 
 
 def require_possible(recipe: TrainRecipe, devices: Devices | None) -> None:

@@ -26,7 +26,8 @@ from selfplay.progress import Reporter
 from selfplay.train.devices import Devices
 from selfplay.train.kl import KLJob, run_kl
 from selfplay.train.loop import run_training
-from selfplay.train.rank import STOP
+from selfplay.train.rank import STOP, write_whole
+from selfplay.train.restart import restarted, was_killed
 from selfplay.train.settings import TrainJob, TrainSettings
 from selfplay.train.stop import handled
 
@@ -36,10 +37,14 @@ UNITS = {"reference": "pairs", "train": "steps", "kl": "prompts"}
 
 
 def launch(job: TrainJob | KLJob, report: Reporter, devices: Devices | None = None) -> dict[str, Any]:
-    """The job's result; the job's own errors are raised here. `devices` say on which processes a training job runs."""
+    """The job's result; the job's own errors are raised here. `devices` say on which processes a training job runs. Where it
+    runs in processes of its own and one of them is killed, it is started again.
+    """
     if devices is not None:
-        return run_on(devices, job, report)
-    return run_in_child(job, report) if torch.cuda.is_available() else _run(job, report)
+        return restarted(lambda: run_on(devices, job, report), job, report)
+    if torch.cuda.is_available():
+        return restarted(lambda: run_in_child(job, report), job, report)
+    return _run(job, report)
 
 
 def run_in_child(job: TrainJob | KLJob, report: Reporter) -> dict[str, Any]:
@@ -50,16 +55,21 @@ def run_in_child(job: TrainJob | KLJob, report: Reporter) -> dict[str, Any]:
         module = [sys.executable, "-P", "-m", "selfplay.train.launch"]
         # a session of its own: the terminal's Ctrl-C reaches us alone, and we pass it on once
         process = subprocess.Popen([*module, job_file, result_file, str(os.getpid())], start_new_session=True)
-        code = wait_for(process)
+        asked = threading.Event()
+
+        def ask() -> None:
+            asked.set()
+            process.terminate()
+
+        code = wait_for(process, ask=ask)
         result: dict[str, Any] = json.loads(result_file.read_text()) if result_file.exists() else {}
     if "error" in result:
         raise getattr(errors, result["error"])(result["message"])
-    if code == -signal.SIGTERM:  # it was asked to stop, and had nothing to save yet
+    if code == -signal.SIGTERM or (code < 0 and asked.is_set()):  # asked to stop, it had nothing to save yet
         raise KeyboardInterrupt
     if code != 0:
-        raise errors.SelfplayError(
-            f"the training process ended with code {code}; its own message is above. The same command goes on"
-        )
+        kind = errors.TrainerError if was_killed(code) else errors.SelfplayError
+        raise kind(f"the training process {_ending(code)}; its own message is above. The same command goes on")
     return result
 
 
@@ -70,12 +80,14 @@ def run_on(devices: Devices, job: TrainJob | KLJob, report: Reporter) -> dict[st
     folder = (Path(job.out) / ("processes" + store.TEMPORARY)).absolute()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+    (folder / "accelerate.json").write_text(json.dumps(devices.launched))
     described = asdict(devices) | {"config": str(devices.config)}
     (folder / "job.json").write_text(json.dumps({"quiet": report.quiet, "devices": described, **asdict(job)}))
     for line in devices.lines:
         report.note(line)
     names = [str(folder / "job.json"), str(folder / "result.json")]
-    command = devices.command(RANK, names, failed=folder / "failed.json")
+    launched, failed = folder / "accelerate.json", folder / "failed.json"
+    command = devices.command(RANK, names, launched=launched, failed=failed)
     process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
     try:
         try:
@@ -83,7 +95,7 @@ def run_on(devices: Devices, job: TrainJob | KLJob, report: Reporter) -> dict[st
         finally:
             _wait_until_gone(process)
         if code != 0:
-            _raise_failure(folder, devices)
+            _raise_failure(folder, devices, code)
         result: dict[str, Any] = json.loads((folder / "result.json.0").read_text())
         return result
     finally:
@@ -99,24 +111,30 @@ def _wait_until_gone(process: "subprocess.Popen[bytes]") -> None:
         watch.poll(GONE_SECONDS * 1000)
 
 
-def _raise_failure(folder: Path, devices: Devices) -> NoReturn:
-    """Raises what ended the processes that train: an error of ours, a request to stop, or what befell one of them."""
+def _raise_failure(folder: Path, devices: Devices, code: int) -> NoReturn:
+    """Raises what ended the processes that train: an error of ours, a request to stop, or what befell one of them. `code` is
+    how their launcher ended.
+    """
     for file in sorted(folder.glob("result.json.*")):
         found = json.loads(file.read_text())
         if "error" in found:
             raise getattr(errors, found["error"])(found["message"])
     if (folder / STOP).exists():  # they were asked to stop, and had nothing to save yet
         raise KeyboardInterrupt
-    how = "the launcher of the training processes was ended"
+    who = "the launcher of the training processes"
     if (folder / "failed.json").exists():
         failed = json.loads((folder / "failed.json").read_text())
-        code = failed["code"]
-        how = f"process {failed['rank']} of the {devices.num_processes} that train " + (
-            f"was ended by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"ended with code {code}"
-        )
-    raise errors.SelfplayError(
-        f"{how}, and the others with it; messages of their own are above. The same command goes on from the last checkpoint"
+        who, code = f"process {failed['rank']} of the {devices.num_processes} that train", failed["code"]
+    kind = errors.TrainerError if was_killed(code) else errors.SelfplayError
+    raise kind(
+        f"{who} {_ending(code)}, and the others with it; messages of their own are above. The same command goes on from the "
+        "last checkpoint"
     )
+
+
+def _ending(code: int) -> str:
+    """What an exit code says, which is minus the signal where one ended the process."""
+    return f"was ended by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"ended with code {code}"
 
 
 def wait_for(process: "subprocess.Popen[bytes]", *, ask: Callable[[], None] | None = None) -> int:
@@ -185,9 +203,9 @@ def _main(job_file: str, result_file: str) -> int:
     try:
         result = _run(job, Reporter(quiet=quiet))
     except errors.SelfplayError as error:
-        Path(result_file).write_text(json.dumps({"error": type(error).__name__, "message": str(error)}))
+        write_whole(Path(result_file), {"error": type(error).__name__, "message": str(error)})
         return error.exit_code
-    Path(result_file).write_text(json.dumps(result))
+    write_whole(Path(result_file), result)
     return 0
 
 

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from selfplay import errors
@@ -35,21 +36,38 @@ def main(job_file: str, result_file: str) -> int:
     devices, quiet = data.pop("devices"), data.pop("quiet")
     settings, groups = TrainSettings(**data.pop("settings")), tuple(data.pop("groups"))
     sharding = Sharding(devices["reshard_after_forward"], devices["layers"]) if devices["sharded"] else None
-    world = join_world(use_cpu=devices["use_cpu"], sharding=sharding)
-    if world.is_first:
-        threading.Thread(target=_watch_for_stop, args=(Path(result_file).with_name(STOP),), daemon=True).start()
-    own = Path(f"{result_file}.{world.rank}")
-    progress = Stages(Reporter(quiet=quiet or not world.is_first))
+    rank = int(os.environ.get("RANK", "0"))
+    own = Path(f"{result_file}.{rank}")
+    progress = Stages(Reporter(quiet=quiet or rank > 0))
     try:
+        world = join_world(use_cpu=devices["use_cpu"], sharding=sharding)
+        if world.is_first:
+            threading.Thread(target=_watch_for_stop, args=(Path(result_file).with_name(STOP),), daemon=True).start()
         result = run_training(TrainJob(**data, settings=settings, groups=groups), progress, world)
     except errors.SelfplayError as error:
-        own.write_text(json.dumps({"error": type(error).__name__, "message": str(error)}))
+        write_whole(own, {"error": type(error).__name__, "message": str(error)})
         return error.exit_code
     finally:
         progress.close()
-    own.write_text(json.dumps(result))
+    write_whole(own, result)
     leave_world(world)
     return 0
+
+
+def write_whole(path: Path, value: Any) -> None:
+    """JSON, whole or not at all: where one process has failed, the others may be ended while they write."""
+    temporary = path.with_name(f"writing-{path.name}")
+    temporary.write_text(json.dumps(value))
+    temporary.replace(path)
+
+
+def end_at_once(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Of an error that nobody caught: its traceback, and the end. The group's threads, which an orderly end would meet, would
+    now and then abort the process, and then a signal would seem to have ended it.
+    """
+    sys.__excepthook__(kind, error, trace)
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _watch_for_stop(request: Path) -> None:
@@ -60,6 +78,7 @@ def _watch_for_stop(request: Path) -> None:
 
 
 if __name__ == "__main__":
+    sys.excepthook = end_at_once
     code = main(sys.argv[1], sys.argv[2])
     sys.stdout.flush()
     sys.stderr.flush()

@@ -6,6 +6,7 @@ Under srun, one on each machine: which machine it is says SLURM. FAILED.json, wh
 it: {"rank": ..., "code": its exit code, or minus the signal that ended it}.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -38,7 +39,11 @@ def main(failed: Path, arguments: list[str]) -> int:
             code, rank = min(ended, key=lambda one: (one[0] == -signal.SIGTERM, one))
         else:  # the only one
             code, rank = error.returncode, 0
-        failed.write_text(json.dumps({"rank": rank, "code": code}))
+        with (
+            contextlib.suppress(FileExistsError),
+            failed.open("x") as file,
+        ):  # of several machines the first one names it
+            json.dump({"rank": rank, "code": code}, file)
         return 1
     return 0
 

@@ -33,9 +33,12 @@ def shard(module: TokenLogps, world: World, *, bf16: bool) -> None:
     )
     names = set(world.sharding.layers or module.model._no_split_modules or ())
     layers = [m for m in module.model.modules() if type(m).__name__ in names]
-    if not layers:
+    missing = names - {
+        type(layer).__name__ for layer in layers
+    }  # the model's own list may name layers of its relatives
+    if not layers or (world.sharding.layers and missing):
         raise RecipeError(
-            f"the accelerate configuration asks for FSDP, but this model has no layers named {', '.join(sorted(names))}. "
+            f"the accelerate configuration asks for FSDP, but this model has no layers named {', '.join(sorted(missing))}. "
             "Name their class in fsdp_transformer_layer_cls_to_wrap, or take a configuration without FSDP"
         )
     for part in [*reversed(layers), module]:  # inner ones before those around them
@@ -68,8 +71,13 @@ class ShardedMasters(Masters):
         """Nothing: each backward pass has summed them."""
 
     def refresh(self) -> None:
-        # the outermost part stays gathered after a forward pass without gradients: it would be the old weights
-        self.module.reshard()
+        from torch.distributed.fsdp import FSDPModule
+
+        # After a forward pass without gradients the outermost part stays gathered, and without reshard_after_forward every
+        # layer does: these would be the old weights.
+        for part in self.module.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()
 
     @torch.no_grad()
     def grad_norm(self) -> float:

@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from selfplay.errors import RecipeError
+
 R = TypeVar("R")
 # What the others may wait for: rank 0 that writes a policy, or the processes of a machine that load one in turn.
 PATIENCE = timedelta(minutes=30)
@@ -106,14 +108,19 @@ class World:
 
 def join_world(*, use_cpu: bool, sharding: Sharding | None) -> World:
     """The world that accelerate's launcher, or torchrun, has put this process into: by RANK, WORLD_SIZE, LOCAL_RANK and
-    MASTER_ADDR of its environment. Where they aren't set this process is alone.
+    MASTER_ADDR of its environment. Where they aren't set this process is alone. RecipeError where several are to train on GPUs
+    and this machine has too few: one that trained on its CPU would take the others' time.
     """
     on_cuda = torch.cuda.is_available() and not use_cpu
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_rank, size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if size > 1 and not use_cpu and local_rank >= torch.cuda.device_count():
+        raise RecipeError(
+            f"the accelerate configuration asks for {os.environ['LOCAL_WORLD_SIZE']} GPUs of this machine, "
+            f"which has {torch.cuda.device_count()}: lower num_processes (and gpu_ids), or say use_cpu: true"
+        )
     device = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
     if on_cuda:
         torch.cuda.set_device(device)
-    size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return World(device)
     torch.distributed.init_process_group("nccl" if on_cuda else "gloo", timeout=PATIENCE)

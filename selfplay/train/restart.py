@@ -1,0 +1,72 @@
+"""Starts a training job again whose process was killed: by somebody, by the system where memory is short, or by a fault.
+
+It goes on from its last checkpoint, so its policy has the bytes of one that was never disturbed. A job that trains inside the
+command's own process, as on a CPU without `--accelerate-config`, ends with that.
+"""
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from selfplay import store
+from selfplay.errors import TrainerError
+from selfplay.progress import Reporter
+from selfplay.train.checkpoint import finished_checkpoints
+from selfplay.train.kl import KLJob
+from selfplay.train.settings import TrainJob
+
+RESTARTS = 2  # of one job; what is killed oftener wants a person
+REQUESTS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # who sends these wants it to stop
+
+
+def was_killed(code: int) -> bool:
+    """Whether an exit code, minus the signal where one ended the process, is that of a process which nobody asked to stop."""
+    return code < 0 and -code not in REQUESTS
+
+
+def restarted(work: Callable[[], dict[str, Any]], job: TrainJob | KLJob, report: Reporter) -> dict[str, Any]:
+    """What `work` returns, which does the job and is called again where it raises TrainerError: after the first time, and
+    after the second one if there is a newer checkpoint by then. Each is told, and stands in train/restarts.jsonl of the
+    job's folder, a line with the step that it goes on from and what happened.
+    """
+    before = _step(job)
+    for number in range(1, RESTARTS + 1):
+        try:
+            return work()
+        except TrainerError as error:
+            done = _finished(job)
+            if done is not None:
+                return done
+            step = _step(job)
+            if number > 1 and step == before:
+                raise
+            before = step
+            _tell(job, step, str(error).partition(";")[0], f"restart {number} of at most {RESTARTS}", report)
+    return work()
+
+
+def _step(job: TrainJob | KLJob) -> int:
+    """The step of the newest checkpoint; 0 where there is none."""
+    found = [] if isinstance(job, KLJob) else finished_checkpoints(Path(job.out) / "train" / "checkpoints")
+    return found[-1][0] if found else 0
+
+
+def _finished(job: TrainJob | KLJob) -> dict[str, Any] | None:
+    """The result of a job that was killed after its policy was written."""
+    if isinstance(job, KLJob) or not (Path(job.out) / "policy").exists():
+        return None
+    store.remove_folder(Path(job.out) / "train" / "checkpoints")
+    found: dict[str, Any] = store.read_json(Path(job.out) / "train" / "result.json")
+    return found
+
+
+def _tell(job: TrainJob | KLJob, step: int, why: str, which: str, report: Reporter) -> None:
+    if isinstance(job, KLJob):
+        report.note(f"KL: {why}; once more from the start ({which})")
+        return
+    where = f"the checkpoint of step {step}" if step else "the start"
+    report.note(f"training: {why}; going on from {where} ({which})")
+    path = Path(job.out) / "train" / "restarts.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    store.append_json_line(path, {"step": step, "why": why})
