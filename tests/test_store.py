@@ -1,6 +1,7 @@
 """Files are whole or absent, damage is found, and one process works on a run."""
 
 import errno
+import hashlib
 import os
 import subprocess
 import sys
@@ -151,6 +152,34 @@ def test_a_folder_is_checked_file_by_file(tmp_path: Path) -> None:
     (tmp_path / "policy" / "deep" / "b").unlink()
     with pytest.raises(StorageError, match="deep/b"):
         store.check_folder(tmp_path / "policy")
+
+
+def test_a_folder_holds_what_others_say_they_have_added_seen_or_not(tmp_path: Path) -> None:
+    path, added = tmp_path / "checkpoint", {"hidden": hashlib.sha256(b"3").hexdigest()}
+
+    def part(folder: Path) -> list[str]:
+        (folder / "theirs").write_bytes(b"2")
+        return ["theirs"]
+
+    def others() -> dict[str, str]:
+        return store.write_part(path, part) | added
+
+    store.write_folder(path, lambda folder: (folder / "own").write_bytes(b"1"), others=others)
+    with pytest.raises(StorageError, match="hidden: damaged or missing"):
+        store.check_folder(path)
+    (path / "hidden").write_bytes(b"3")  # as the disk of another machine shows it later
+    store.check_folder(path)
+    assert [line.split()[1] for line in (path / "SHA256SUMS").read_text().splitlines()] == ["hidden", "own", "theirs"]
+
+
+def test_a_part_of_a_folder_is_on_disk_before_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / f"folder{store.TEMPORARY}").mkdir()
+    synced: list[str] = []
+    monkeypatch.setattr(store, "_sync", lambda path: synced.append(path.name))
+    store.write_part(tmp_path / "folder", lambda folder: [(folder / "a").write_bytes(b"1") and "a"])
+    assert synced == ["a"]
+    with pytest.raises(StorageError, match="gone: can't be written"):
+        store.write_part(tmp_path / "gone", lambda folder: [(folder / "a").write_bytes(b"1") and "a"])
 
 
 def test_a_folder_whose_writing_stops_is_not_there_and_its_remains_do_not_stay(tmp_path: Path) -> None:

@@ -22,10 +22,17 @@ def test_processes_that_were_to_have_a_gpu_each_do_not_train_without(monkeypatch
         join_world(use_cpu=False, sharding=None)
 
 
-def test_a_file_that_can_not_be_written_whole_is_not_there(tmp_path: Path) -> None:
+def test_a_result_that_a_process_was_ended_in_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_whole(tmp_path / "result.json.0", {"loss": 1.0})
-    with pytest.raises(TypeError):
-        write_whole(tmp_path / "result.json.1", {"loss": object()})
+    real = Path.write_text
+
+    def half(path: Path, text: str) -> int:
+        real(path, text[: len(text) // 2])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(tmp_path / "result.json.1", {"loss": 2.0})
     assert [json.loads(file.read_text()) for file in tmp_path.glob("result.json.*")] == [{"loss": 1.0}]
 
 

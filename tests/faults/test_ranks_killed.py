@@ -54,12 +54,14 @@ def test_whatever_befalls_the_processes_none_is_left_and_the_same_command_goes_o
     again = [*command, str(out)]
     checkpoints = out / "train" / "checkpoints"
 
-    fault("train.update@2=kill9/1")
+    fault("train.update@1=kill9/1")
     assert main(again) == 70
     said = capfd.readouterr().err
-    assert "error: process 1 of the 2 that train was ended by signal 9 (SIGKILL), and the others with it" in said
+    killed = "process 1 of the 2 that train was ended by signal 9 (SIGKILL), and the others with it"
+    assert f"training: {killed}; going on from the start (restart 1 of at most 2)" in said
+    assert f"error: {killed}" in said
     assert "The same command goes on from the last checkpoint" in said
-    assert [f.name for f in checkpoints.iterdir()] == ["step-000001"]
+    assert not checkpoints.exists()
 
     monkeypatch.setattr(launch, "RANK", "meddler")
     monkeypatch.setenv("MEDDLE", "hasty")
@@ -73,17 +75,16 @@ def test_whatever_befalls_the_processes_none_is_left_and_the_same_command_goes_o
     monkeypatch.setenv("MEDDLE", "int")
     assert main(again) == 75
     said = capfd.readouterr().err
-    assert "going on from the checkpoint of step 1" in said
     assert "stopped after training step 2 of 4" in said
     assert sorted(f.name for f in checkpoints.iterdir()) == ["step-000001", "step-000002"]
 
     store.remove_folder(checkpoints)  # so that there is a second step once more
     monkeypatch.setenv("MEDDLE", "kill")
-    killed = subprocess.run(
+    ended = subprocess.run(
         [sys.executable, "-c", MEDDLED, *again], capture_output=True, text=True, check=False, timeout=600
     )
     # its output ends when the last process that could write to it has ended
-    assert killed.returncode == -9, killed.stderr
+    assert ended.returncode == -9, ended.stderr
     assert (out / f"processes{store.TEMPORARY}").is_dir()
 
     monkeypatch.undo()
@@ -91,6 +92,21 @@ def test_whatever_befalls_the_processes_none_is_left_and_the_same_command_goes_o
     said = " ".join(capfd.readouterr().err.split())
     assert f"processes{store.TEMPORARY}: left unfinished when it was stopped; removed" in said
     assert "going on from the checkpoint of step 1" in said
-    ours, theirs = digests(out), digests(tmp_path / "whole")
+    same_bytes(out, tmp_path / "whole")
+
+
+def same_bytes(out: Path, whole: Path) -> None:
+    ours, theirs = digests(out), digests(whole)
     for name in ("policy/model.safetensors", "train/steps.jsonl", "train/result.json", "reference.safetensors"):
         assert ours[name] == theirs[name], name
+
+
+def test_a_process_that_is_killed_is_started_again_with_the_others_and_nobody_is_asked(
+    command: list[str], tmp_path: Path, fault: Fault, capfd: pytest.CaptureFixture[str]
+) -> None:
+    ok(*command, tmp_path / "whole")
+    fault("train.update@3=kill9/1")
+    ok(*command, tmp_path / "out")
+    assert "going on from the checkpoint of step 2 (restart 1 of at most 2)" in capfd.readouterr().err
+    assert [row["step"] for row in store.read_json_lines(tmp_path / "out/train/restarts.jsonl")] == [2]
+    same_bytes(tmp_path / "out", tmp_path / "whole")

@@ -10,12 +10,14 @@ from jobs import ALONE, job_of, settings, steps
 from tiny import make_tiny_model
 
 from selfplay import store
+from selfplay.errors import RecipeError
 from selfplay.train import budget
 from selfplay.train.budget import CPU_PACK_TOKENS, DENSE_PACK_LENGTH, SIZES, grow, measured, with_pack_length
 from selfplay.train.logps import TokenLogps
 from selfplay.train.loop import run_training
 from selfplay.train.model import load_model
 from selfplay.train.optim import Masters
+from selfplay.train.world import Sharding, World
 from selfplay.types import PreferencePair
 
 CPU = torch.device("cpu")
@@ -90,6 +92,15 @@ def test_a_device_with_too_little_memory_for_any_size_gets_the_smallest(tiny: Pa
     module, masters = TokenLogps(model), Masters(model, compute_dtype=torch.float32)
     meter = FakeMeter(module, held=0, limit=0, room=10)
     assert measured(module, masters, settings(), meter, shared=True, world=ALONE)["max_pack_tokens"] == SIZES[0]
+
+
+def test_a_device_of_several_with_cut_weights_that_runs_out_of_memory_ends_the_job(tiny: Path) -> None:
+    model = load_model(str(tiny))
+    module, masters = TokenLogps(model), Masters(model, compute_dtype=torch.float32)
+    state = 8 * sum(w.numel() for w in masters.weights)
+    meter = FakeMeter(module, held=0, limit=state + 100_000, room=1500)
+    with pytest.raises(RecipeError, match=r"at a pack of 2048 tokens.*Set train\.max_pack_tokens to less than 2048"):
+        measured(module, masters, settings(), meter, shared=True, world=World(CPU, sharding=Sharding()))
 
 
 def test_the_budget_is_recorded_once_and_taken_from_there(
