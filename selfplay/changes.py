@@ -58,8 +58,9 @@ FIRST: dict[str, tuple[str, ...]] = {
     "train.lora": STARTED,
     "train.bf16": STARTED,
     "train.batch_size": PASSED,
-    # a bound, that a checkpoint records and the policy does not depend on
+    # a checkpoint records them, and the policy does not depend on them
     "train.max_audit_difference": (CHECKPOINTS,),
+    "train.gradient_checkpointing": (CHECKPOINTS,),
     **dict.fromkeys(
         (
             "train.learning_rate",

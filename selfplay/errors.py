@@ -5,7 +5,7 @@
     ├── DataError                 65  a prompt file, a pair file, a model folder, a template
     ├── JudgeError                69  a judge raised, answered in the wrong shape, or its endpoint is down
     ├── GeneratorError            70  an engine died or answered in the wrong shape
-    ├── TrainerError              70  a process that trains was killed, more than once
+    ├── TrainerError              70  a process that trains was killed or out of memory, more than once
     ├── StorageError              74  disk full, a folder that can't be written, a damaged file
     ├── Stopped                   75  the user asked to stop; the same command goes on
     ├── GateError                 76  going on would train on nonsense

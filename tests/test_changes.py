@@ -49,6 +49,7 @@ OPEN = {
     "a rate after the reference pass": ([PAIRS_0, REFERENCE_0, "pack_budget.json"], train(), train(learning_rate=1.0)),
     "a rate of a round to come": ([POLICY_0], train(learning_rate=0.5), train(learning_rate=[0.5, 0.1])),
     "a margin of a round to come": ([PAIRS_0], pairs(min_margin=0.5), pairs(min_margin=[0.5, 0.1])),
+    "gradient checkpointing": ([POLICY_0], train(), train(gradient_checkpointing=True)),
     "the bound of the audit": ([POLICY_0], train(), train(max_audit_difference=0.5)),
 }
 CLOSED = {

@@ -50,5 +50,5 @@ def test_weights_that_are_loaded_after_a_pass_without_gradients_are_used_from_th
 @pytest.mark.usefixtures("group")
 def test_a_class_of_layers_that_the_model_has_not_is_named(tiny: Path) -> None:
     world = world_of(layers=("LlamaDecoderLayer", "LlamaLayer"))
-    with pytest.raises(RecipeError, match="this model has no layers named LlamaLayer. Name"):
+    with pytest.raises(RecipeError, match=r"this model has no layers named LlamaLayer\. Name"):
         shard(TokenLogps(load_model(str(tiny))), world, bf16=False)

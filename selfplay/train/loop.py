@@ -15,10 +15,11 @@ from typing import Any
 import torch
 
 from selfplay import faults, store
-from selfplay.errors import RecipeError, Stopped
+from selfplay.errors import RecipeError, Stopped, TrainerError
 from selfplay.recipe_train import reads
 from selfplay.train.budget import pack_tokens, with_pack_length
 from selfplay.train.checkpoint import Checkpoints, Due, Found, processes_line
+from selfplay.train.memory import SmallerPacksError
 from selfplay.train.model import default_device, load_model, save_policy
 from selfplay.train.optim import carry_optimizer, make_optimizer, make_schedule, save_optimizer
 from selfplay.train.place import place
@@ -27,13 +28,12 @@ from selfplay.train.reference import audit_engine
 from selfplay.train.reference_pass import find_reference, win_rates
 from selfplay.train.rows import read_rows
 from selfplay.train.settings import TrainJob, TrainSettings
+from selfplay.train.smaller import leave_cap, left_cap
 from selfplay.train.steps import Plan
 from selfplay.train.stop import stopping
 from selfplay.train.trainer import Trainer
 from selfplay.train.world import World
 from selfplay.types import Group, TrainRow
-
-FEWER = ". With FSDP packs are not made smaller by themselves: lower train.max_pack_tokens"
 
 
 def run_training(job: TrainJob, progress: Progress = SILENT, world: World | None = None) -> dict[str, Any]:
@@ -50,7 +50,13 @@ def run_training(job: TrainJob, progress: Progress = SILENT, world: World | None
         raise RecipeError(
             f"the device has too little memory for one pair, or for the optimizer ({error}). Set "
             "train.gradient_checkpointing: true, lower train.max_length, or take train.optim: adamw_bnb_8bit"
-            + (FEWER if world is not None and world.sharding is not None else "")
+        ) from error
+    except SmallerPacksError as error:
+        rank, cap = world.rank if world is not None else 0, error.max_pack_tokens
+        leave_cap(Path(job.out), rank, cap)
+        raise TrainerError(
+            f"process {rank} of those that train ran out of memory, and packs hold at most {cap} tokens from here on; the same "
+            "command goes on from the last checkpoint"
         ) from error
 
 
@@ -113,6 +119,10 @@ def _prepare(
         result["max_pack_tokens"] = cap
     else:
         cap = found.max_pack_tokens
+    left = world.first(lambda: left_cap(Path(job.out)))
+    if left is not None and left < cap:
+        cap = left
+        result["out_of_memory"].append({"step": found.step if found is not None else 0, "max_pack_tokens": cap})
 
     def halved(smaller: int) -> None:
         nonlocal cap

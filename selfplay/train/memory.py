@@ -8,6 +8,18 @@ import torch
 from selfplay.train.world import World
 
 R = TypeVar("R")
+
+
+class SmallerPacksError(Exception):
+    """Memory ran out where weights are sharded: the other processes are in the middle of a pass with this one, so all of them
+    must start again, with packs of at most `max_pack_tokens`.
+    """
+
+    def __init__(self, max_pack_tokens: int) -> None:
+        super().__init__(f"packs of at most {max_pack_tokens} tokens")
+        self.max_pack_tokens = max_pack_tokens
+
+
 MIN_PACK_TOKENS = 64  # most pairs are longer: below it nothing would be split any more
 
 
@@ -21,16 +33,17 @@ def in_smaller_packs(
     work: Callable[[int], R], max_pack_tokens: int, *, halved: Callable[[int], None], world: World
 ) -> R:
     """What `work` returns at the first cap that fits all processes: `max_pack_tokens`, or half of it, and so on. `halved`
-    gets each cap that is tried after it. torch.OutOfMemoryError where none fits, or where weights are sharded: the other
-    processes are then in the middle of a pass with this one.
+    gets each cap that is tried after it. torch.OutOfMemoryError where none fits, SmallerPacksError where weights are sharded.
     """
     while True:
         done: list[R] = []
         try:
             done.append(work(max_pack_tokens))
-        except torch.OutOfMemoryError:
-            if max_pack_tokens < 2 * MIN_PACK_TOKENS or world.sharding is not None:
+        except torch.OutOfMemoryError as error:
+            if max_pack_tokens < 2 * MIN_PACK_TOKENS:
                 raise
+            if world.sharding is not None:
+                raise SmallerPacksError(max_pack_tokens // 2) from error
         if not world.most(not done)[0]:
             return done[0]
         # outside the except block, whose traceback holds what the failed work took

@@ -1,7 +1,8 @@
-"""Starts a training job again whose process was killed: by somebody, by the system where memory is short, or by a fault.
+"""Starts a training job again whose process was killed: by somebody, by the system where memory is short, or by a fault. And
+one whose processes hold parts of the weights (FSDP2), where one ran out of its device's memory: with smaller packs.
 
-It goes on from its last checkpoint, so its policy has the bytes of one that was never disturbed. A job that trains inside the
-command's own process, as on a CPU without `--accelerate-config`, ends with that.
+It goes on from its last checkpoint, so after a kill its policy has the bytes of one that was never disturbed. A job that
+trains inside the command's own process, as on a CPU without `--accelerate-config`, ends with that.
 """
 
 import signal
@@ -15,6 +16,7 @@ from selfplay.progress import Reporter
 from selfplay.train.checkpoint import finished_checkpoints
 from selfplay.train.kl import KLJob
 from selfplay.train.settings import TrainJob
+from selfplay.train.smaller import left_cap
 
 RESTARTS = 2  # of one job; what is killed oftener wants a person
 REQUESTS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # who sends these wants it to stop
@@ -27,10 +29,10 @@ def was_killed(code: int) -> bool:
 
 def restarted(work: Callable[[], dict[str, Any]], job: TrainJob | KLJob, report: Reporter) -> dict[str, Any]:
     """What `work` returns, which does the job and is called again where it raises TrainerError: after the first time, and
-    after the second one if there is a newer checkpoint by then. Each is told, and stands in train/restarts.jsonl of the
-    job's folder, a line with the step that it goes on from and what happened.
+    after the second one if there is a newer checkpoint by then, or a smaller cap of packs. Each is told, and stands in
+    train/restarts.jsonl of the job's folder, a line with the step that it goes on from and what happened.
     """
-    before = _step(job)
+    before = _place(job)
     for number in range(1, RESTARTS + 1):
         try:
             return work()
@@ -38,18 +40,20 @@ def restarted(work: Callable[[], dict[str, Any]], job: TrainJob | KLJob, report:
             done = _finished(job)
             if done is not None:
                 return done
-            step = _step(job)
-            if number > 1 and step == before:
+            place = _place(job)
+            if number > 1 and place == before:
                 raise
-            before = step
-            _tell(job, step, str(error).partition(";")[0], f"restart {number} of at most {RESTARTS}", report)
+            before = place
+            _tell(job, place[0], str(error).partition(";")[0], f"restart {number} of at most {RESTARTS}", report)
     return work()
 
 
-def _step(job: TrainJob | KLJob) -> int:
-    """The step of the newest checkpoint; 0 where there is none."""
-    found = [] if isinstance(job, KLJob) else finished_checkpoints(Path(job.out) / "train" / "checkpoints")
-    return found[-1][0] if found else 0
+def _place(job: TrainJob | KLJob) -> tuple[int, int | None]:
+    """The step of the newest checkpoint, 0 where there is none, and the cap of packs that the next start keeps to."""
+    if isinstance(job, KLJob):
+        return 0, None
+    found = finished_checkpoints(Path(job.out) / "train" / "checkpoints")
+    return found[-1][0] if found else 0, left_cap(Path(job.out))
 
 
 def _finished(job: TrainJob | KLJob) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ from selfplay import faults
 from selfplay.errors import NonFiniteError
 from selfplay.losses import PairLogps, reward_metrics, total_loss
 from selfplay.train.deal import own_packs
-from selfplay.train.memory import free_memory
+from selfplay.train.memory import SmallerPacksError, free_memory
 from selfplay.train.optim import Masters
 from selfplay.train.pack import Pack
 from selfplay.train.reference import ReferenceLogps, check_zero_logratios, pair_logps
@@ -42,7 +42,8 @@ class Trainer:
     ) -> dict[str, float]:
         """One optimizer step over the mean loss of some pairs; returns its metrics under Hugging Face's names.
 
-        Where memory runs out the gradient of the same pairs is taken anew, in packs of half the size.
+        Where memory runs out the gradient of the same pairs is taken anew, in packs of half the size. SmallerPacksError where
+        weights are sharded.
         """
         faults.hit("train.step")
         while True:
@@ -50,9 +51,11 @@ class Trainer:
             try:
                 done = self._accumulate(pairs, indices)
             except torch.OutOfMemoryError as error:
-                if self.world.sharding is not None:  # the others are in the middle of a pass with this process
-                    raise
                 cap, said = self._smaller(), str(error)
+                if self.world.sharding is not None:
+                    if not cap:
+                        raise
+                    raise SmallerPacksError(cap) from error
             # outside the except block, whose traceback holds what the failed pack took
             negative, bad = self.world.most(-cap, bool(done.bad))
             if negative == -self.max_pack_tokens:

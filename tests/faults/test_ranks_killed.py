@@ -11,13 +11,16 @@ from pathlib import Path
 import jobs
 import pytest
 import yaml
-from jobs import random_pairs
+from jobs import flat, job_of, random_pairs
 from killer import digests
 from scripted_run import ok, write_recipe
 
 from selfplay import store
 from selfplay.cli import main
+from selfplay.progress import SILENT
 from selfplay.train import launch
+from selfplay.train.devices import Devices
+from selfplay.train.loop import run_training
 from selfplay.types import PreferencePair
 
 pytestmark = pytest.mark.slow
@@ -110,3 +113,21 @@ def test_a_process_that_is_killed_is_started_again_with_the_others_and_nobody_is
     assert "going on from the checkpoint of step 2 (restart 1 of at most 2)" in capfd.readouterr().err
     assert [row["step"] for row in store.read_json_lines(tmp_path / "out/train/restarts.jsonl")] == [2]
     same_bytes(tmp_path / "out", tmp_path / "whole")
+
+
+def test_cut_weights_that_run_out_of_memory_go_on_in_smaller_packs(tmp_path: Path, tiny: Path, fault: Fault) -> None:
+    pairs = random_pairs(num_prompts=8, num_completions=2)
+    rig = {"batch_size": 8, "max_steps": 4, "save_steps": 1}
+    job = job_of(tmp_path / "two", tiny, pairs, **rig)
+    fault("train.pack@4=oom/1")  # a pack a step
+    devices = Devices(tmp_path / "none.yaml", num_processes=2, use_cpu=True, sharded=True)
+    result = launch.launch(job, SILENT, devices)
+    assert [row["step"] for row in result["out_of_memory"]] == [3], "the step that was done before"
+    assert result["out_of_memory"][0]["max_pack_tokens"] < result["max_pack_tokens"] / 4
+    (record,) = store.read_json_lines(Path(job.out) / "train/restarts.jsonl")
+    assert record["step"] == 3
+    assert record["why"].startswith("process 1 of those that train ran out of memory, and packs hold at most")
+    fault(None)
+    run_training(job_of(tmp_path / "one", tiny, pairs, **rig))
+    one, two = (flat(tmp_path / name / "out/policy") for name in ("one", "two"))
+    assert (one - two).norm() <= 1e-5 * one.norm()
