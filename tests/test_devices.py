@@ -1,19 +1,23 @@
 """accelerate's configurations: those that ship parse, others may be refused, and two processes train as one does."""
 
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from jobs import flat, weights
+from jobs import flat, random_pairs, weights
 from scripted_run import ok, write_recipe
 
+from selfplay import store
 from selfplay.cli import main
 from selfplay.errors import RecipeError
 from selfplay.recipe_file import recipe_folder
 from selfplay.train.devices import read_devices
+from selfplay.types import PreferencePair
 
 SHIPPED = {"one_gpu": (1, 1, False), "eight_gpus": (8, 1, False), "fsdp2_nodes": (16, 2, True)}
 
@@ -149,6 +153,41 @@ def test_a_dry_run_says_what_each_process_holds(tiny: Path, tmp_path: Path, caps
     assert "16 processes on 2 machines, each holds 1/16 of policy" in capsys.readouterr().out
     assert main(["iterate", str(recipe), "--accelerate-config", "nine_gpus"]) == 64
     assert "neither a file nor one of eight_gpus, fsdp2_nodes, one_gpu" in capsys.readouterr().err
+
+
+# Starts a command on "machines" that are all this one, as SLURM would on several; one that fails ends the others.
+SRUN = """#!{python}
+import os, signal, subprocess, sys
+assert sys.argv[1:6] == ["--nodes", "2", "--ntasks-per-node", "1", "--kill-on-bad-exit=1"], sys.argv
+nodes = [
+    subprocess.Popen(sys.argv[6:], env=os.environ | {{"SLURM_NODEID": str(n)}}, stdin=subprocess.DEVNULL) for n in range(2)
+]
+_, status = os.wait()
+if status:
+    [node.terminate() for node in nodes if node.poll() is None]
+codes = [node.wait() for node in nodes]
+sys.exit(int(status != 0 or any(codes)))
+"""
+
+
+@pytest.mark.slow
+def test_two_machines_train_as_one_process_does(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/srun").write_text(SRUN.format(python=sys.executable))
+    (tmp_path / "bin/srun").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    recipe = write_recipe(tmp_path, tiny)
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump({**CPU, "num_machines": 2}))
+    store.write_records(tmp_path / "pairs.jsonl", random_pairs(num_prompts=5), PreferencePair)
+    arguments = ["train", recipe, "--model", tiny, "--pairs", tmp_path / "pairs.jsonl", "--out"]
+    ok(*arguments, tmp_path / "one")
+    ok(*arguments, tmp_path / "two", "--accelerate-config", tmp_path / "two.yaml")
+    assert "training on 2 processes on 2 machines" in capfd.readouterr().err
+    one, two = (flat(tmp_path / name / "policy") for name in ("one", "two"))
+    assert (one - two).norm() <= 1e-5 * one.norm()
 
 
 @pytest.mark.slow
