@@ -14,8 +14,9 @@ from selfplay.judges.api_key import read_key
 from selfplay.judges.python import load_python_judge
 from selfplay.judges.questions import Questions, check_asked
 from selfplay.judges.template import load_template
-from selfplay.judges.verifier import check_verifiable, validate_checks
+from selfplay.judges.verifier import validate_checks
 from selfplay.models import local_model
+from selfplay.pool_checks import check_pool
 from selfplay.prompts import load_pool
 from selfplay.recipe import Recipe, SourceView
 from selfplay.recipe_file import load_recipe
@@ -113,7 +114,7 @@ def _check_rows(recipe: Recipe) -> None:
     """Reads the prompts, where they are files of JSON: tables and data sets take a library, and hubs the network."""
     if all(_is_json(view.prompts) for view in recipe.by_source.values()):
         pools = load_pools(recipe)
-        recipe.for_each(lambda name, view: check_verifiable(view, pools[name], judge_given=False))
+        recipe.for_each(lambda name, view: check_pool(view, pools[name]))
         return
     recipe.for_each(lambda _, view: _check_rows_of(view))
 
@@ -121,7 +122,7 @@ def _check_rows(recipe: Recipe) -> None:
 def _check_rows_of(view: SourceView) -> None:
     """Reads the prompts of one source beside others that can't be read here."""
     if _is_json(view.prompts):
-        check_verifiable(view, load_pool(view.prompts, seed=view.seed), judge_given=False)
+        check_pool(view, load_pool(view.prompts, seed=view.seed))
 
 
 def _is_json(prompts: PromptsRecipe) -> bool:
