@@ -95,6 +95,19 @@ def test_an_error_names_its_source_once_and_its_key(
     assert error.count("sources.") == 1
 
 
+def test_validate_says_of_a_pool_that_runs_out_what_a_run_would_beside_a_source_that_it_does_not_read(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "table.csv").write_text("prompt\nTell me of tables.\n")
+    mixed = write_mixed(
+        tmp_path, tiny, rounds=30, sources={**SOURCES, "open": {**SOURCES["open"], "prompts": {"source": "table.csv"}}}
+    )
+    assert main(["validate", str(mixed)]) == 64
+    said = capsys.readouterr().err
+    assert "sources.gold.prompts: round 11 needs" in said
+    assert "Lower num_prompts, the source's weight or rounds" in said
+
+
 def test_runs_are_compared_on_the_sources_whose_panel_is_scored_and_the_others_are_named(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,5 +1,6 @@
 """`selfplay validate`: is a recipe right, before anything heavy is loaded?"""
 
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -116,13 +117,13 @@ def _check_rows(recipe: Recipe) -> None:
         pools = load_pools(recipe)
         recipe.for_each(lambda name, view: check_pool(view, pools[name]))
         return
-    recipe.for_each(lambda _, view: _check_rows_of(view))
+    recipe.for_each(_check_rows_of)
 
 
-def _check_rows_of(view: SourceView) -> None:
+def _check_rows_of(name: str, view: SourceView) -> None:
     """Reads the prompts of one source beside others that can't be read here."""
     if _is_json(view.prompts):
-        check_pool(view, load_pool(view.prompts, seed=view.seed))
+        check_pool(view, replace(load_pool(view.prompts, seed=view.seed), name=name))
 
 
 def _is_json(prompts: PromptsRecipe) -> bool:
