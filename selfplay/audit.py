@@ -48,7 +48,7 @@ def audit(
     questions that were asked several times (self_agreement.py), `canaries` and `canary_loss_rate` of canaries.py.
     """
     shown = judgements or ()
-    num_scores = num_asked = num_highest = compared = flipped = 0
+    num_scores = num_asked = num_highest = num_repeated = compared = flipped = 0
     highest: float | None = None
     with_itself, with_length = sign_counts([], []), sign_counts([], [])
     # a prompt at a time: groups and judgements may be too many to hold
@@ -64,7 +64,8 @@ def audit(
         with_length += sign_counts([row], [[float(len(c.token_ids)) for c in group.completions]])
         compared += judgement.num_compared
         flipped += judgement.num_flipped
-    asked_again = repeated(shown)
+        num_repeated += sum(map(len, repeated([judgement])))
+    asked_again = shown if num_repeated else ()
     figures: dict[str, Any] = {
         "num_scores": num_scores,
         "num_compared": compared,
@@ -75,9 +76,9 @@ def audit(
         "ceiling_share": num_highest / num_scores if num_scores else None,
         "length_correlation": kendall(with_length),
         "chosen_longer": chosen_longer(pairs),
-        "num_repeated": sum(map(len, asked_again)),
-        "self_agreement": self_agreement(asked_again),
-        "self_reliability": self_reliability(asked_again),
+        "num_repeated": num_repeated,
+        "self_agreement": self_agreement(repeated(asked_again)),
+        "self_reliability": self_reliability(repeated(asked_again)),
         "histogram": histogram(lambda: (s for judgement in shown for s in judgement.scores if s is not None)),
         **canary_figures(canaries),
     }

@@ -44,7 +44,7 @@ def calibrate(
         limit=limit,
     )
     groups = [labelled_group(row) for row in found]
-    digest = text_digest([[row.prompt.id, row.prompt.gold, row.chosen, row.rejected] for row in found])
+    digest = text_digest([[r.prompt.id, r.prompt.gold, r.prompt.checks, r.chosen, r.rejected] for r in found])
     kept = tempfile.TemporaryDirectory() if out is None else nullcontext(str(out))
     with kept as folder:
         judgements = judge_here(

@@ -85,16 +85,19 @@ def _gains(before: Mapping[str, Any], after: Mapping[str, Any] | None) -> dict[s
 def compare(runs: Sequence[Path]) -> dict[str, Any]:
     """Runs of one experiment, such as its seeds, side by side: `runs` holds seed, rounds, the figures of the initial and the
     last policy and the gains of each; `gain` and `greedy_gain` are their means, with intervals over runs and prompts.
-    Runs of several sources have one such mapping for each, in `sources`. DataError where a run has no finished panel after
-    training.
+    Runs of several sources have one such mapping for each, in `sources`; sources without a gain in any run, whose panel nobody
+    scores, are named in `unscored` instead. DataError where a run has no finished panel after training.
     """
-    names = [list(status(run).get("sources", ())) for run in runs]
+    found = [status(run) for run in runs]
+    names = [list(one.get("sources", ())) for one in found]
     if any(names):
         if any(one != names[0] for one in names):
             raise DataError(
                 f"runs of other sources can't be compared: {' / '.join(', '.join(one) or 'one' for one in names)}"
             )
-        return {"sources": {name: _compare(runs, name) for name in names[0]}}
+        scored = [name for name in names[0] if any(one["sources"][name]["gain"] is not None for one in found)]
+        unscored = [name for name in names[0] if name not in scored]
+        return {"sources": {name: _compare(runs, name) for name in scored or names[0]}, "unscored": unscored}
     return _compare(runs, None)
 
 

@@ -127,5 +127,6 @@ def _require_pairs(selections: Mapping[str, Selection], pairings: Mapping[str, P
     num_prompts = sum(len(pairing.groups) for pairing in pairings.values())
     raise NoPairsError(
         f"round {round}: none of {num_prompts} prompts gave a pair ({'; '.join(reasons)}). The policy is unchanged. "
-        "Sample more completions, raise temperature or max_tokens, or look at the judge's scores and at pairs.filters"
+        "Sample more completions, raise temperature or max_tokens, lower pairs.min_margin where there is one, or look at the "
+        "judge's scores and at pairs.filters"
     )

@@ -6,16 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from selfplay.chat import Chat
-from selfplay.errors import RecipeError
+from selfplay.errors import RecipeError, SelfplayError
 from selfplay.filters import NamedFilter, Programs, load_programs
 from selfplay.judges import make_judge
 from selfplay.judges.lift import function_identity
 from selfplay.judges.python import own_judge
-from selfplay.judges.verifier import check_verifiable
 from selfplay.models import local_model, open_generator
 from selfplay.panel import HeldOut
 from selfplay.progress import Reporter
-from selfplay.prompts import PromptPool, check_gold
+from selfplay.prompts import PromptPool
 from selfplay.protocols import Judge, PairFilter, PairSelector
 from selfplay.recipe import Recipe, SourceView
 from selfplay.recipe_judges import JudgeRecipe
@@ -98,6 +97,14 @@ def open_sources(
             asked, allow_code=allow_code, open_model=lambda model: open_judge_model(recipe, model), made=made
         )
 
+    def opened_for_panel(view: SourceView) -> Judge | None:
+        try:
+            return opened(view.heldout_judge)
+        except SelfplayError as error:  # which calls any judge's keys judge.x
+            if view.evaluate.judge is None or not str(error).startswith("judge."):
+                raise
+            raise type(error)(f"evaluate.{error}") from error
+
     sources: list[Source] = []
     heldout: list[HeldOut] = []
 
@@ -109,7 +116,7 @@ def open_sources(
         )
         judge = panel_judge = mine.judge if mine.judge is not None else opened(view.judge)
         if mine.judge is None or view.evaluate.judge is not None:
-            panel_judge = opened(view.heldout_judge)
+            panel_judge = opened_for_panel(view)
             if panel_judge is None and judge is not None and pool.heldout:
                 report.note(f"{_panel_of(name)}: no scores; {_WHY_NO_SCORE}")
         calibration = [] if mine.judge is not None else require_trust("judge", view, judge, folder, report)
@@ -144,15 +151,6 @@ def require_parts(view: SourceView, own: OwnParts) -> None:
         view.check_judge_given()
     if own.selector is None:
         view.check_win_rates_given()
-
-
-def check_dealt(view: SourceView, pool: PromptPool, own: OwnParts) -> None:
-    """A pool that would run out, a missing gold answer and an unknown check say so now, not hours from now."""
-    for index in range(view.rounds):
-        dealt = pool.deal(view.prompts, index)
-        if own.selector is None:
-            check_gold(view, dealt)
-    check_verifiable(view, pool, judge_given=own.judge is not None)
 
 
 def note_drops(pools: Mapping[str, PromptPool], report: Reporter) -> None:

@@ -15,11 +15,11 @@ from rich.table import Table
 from selfplay.adapters import base_folder
 from selfplay.changes import continued, read_recipe
 from selfplay.errors import DataError
-from selfplay.judges.verifier import check_verifiable
 from selfplay.models import resolve_auto
 from selfplay.plan_source import SourcePlan, plan_source
-from selfplay.prompts import PromptPool, check_gold
-from selfplay.recipe import Recipe, SourceView
+from selfplay.pool_checks import check_pool
+from selfplay.prompts import PromptPool
+from selfplay.recipe import Recipe
 from selfplay.recipe_file import dump_recipe
 from selfplay.recipe_train import LoraRecipe
 from selfplay.recipe_values import at_round
@@ -89,7 +89,7 @@ def make_plan(recipe: Recipe, out: Path) -> Plan:
         continued(recipe, read_recipe(out), out)
     recipe = _with_generator(recipe)
     pools = load_pools(recipe)
-    recipe.for_each(lambda name, view: _check_pool(view, pools[name]))
+    recipe.for_each(lambda name, view: check_pool(view, pools[name]))
     rounds = tuple(_plan_round(recipe, pools, index) for index in range(recipe.rounds))
     completions, tokens = _panel_work(recipe, _num_heldout(recipe, pools))
     folder = find_model(recipe.model)
@@ -99,12 +99,6 @@ def make_plan(recipe: Recipe, out: Path) -> Plan:
     trained = None if folder is None else num_trained(folder, recipe.train.lora)
     needed = None if trained is None else _bytes_needed(recipe, rounds, tokens, trained, out)
     return Plan(recipe, pools, rounds, completions, tokens, parameters, trained, needed, _bytes_free(out))
-
-
-def _check_pool(view: SourceView, pool: PromptPool) -> None:
-    for index in range(view.rounds):
-        check_gold(view, pool.deal(view.prompts, index))
-    check_verifiable(view, pool, judge_given=False)
 
 
 def _with_generator(recipe: Recipe) -> Recipe:

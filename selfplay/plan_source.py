@@ -18,6 +18,7 @@ class SourcePlan:
     name: str
     num_prompts: int
     first_prompt: int | None  # place in dealing order; None where every round gets the same
+    takes_all: bool  # whether that is every prompt there is
     max_pairs: int
     judge: str
     pairs: str  # the selector, and the filters after it
@@ -29,7 +30,7 @@ class SourcePlan:
         if not self.num_prompts:
             return "none"
         if self.first_prompt is None:
-            return "all" if not self.name else f"the first {self.num_prompts}"
+            return "all" if self.takes_all else f"the first {self.num_prompts}"
         return f"{self.first_prompt} to {self.first_prompt + self.num_prompts - 1}"
 
 
@@ -42,6 +43,7 @@ def plan_source(name: str, recipe: SourceView, pool: PromptPool, index: int) -> 
         name,
         num_prompts=counts[-1],
         first_prompt=sum(counts[:-1]) + 1 if disjoint else None,
+        takes_all=counts[-1] == len(pool.train),
         max_pairs=_most_pairs(recipe, counts),
         judge=" + ".join(judge.kind for judge in judges_in(recipe.judge)) or "none",
         pairs=" -> ".join([recipe.pairs.kind, *(one.kind for one in recipe.pairs.filters)]),

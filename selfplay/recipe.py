@@ -24,7 +24,7 @@ from pydantic import (
     model_validator,
 )
 
-from selfplay.errors import RecipeError
+from selfplay.errors import RecipeError, SelfplayError
 from selfplay.recipe_judges import CombineRecipe, JudgeRecipe, asks_policy, judges_in, within_prompts
 from selfplay.recipe_pairs import (
     BestVsWorstRecipe,
@@ -226,8 +226,12 @@ class Recipe(Section):
         for name, view in self.by_source.items():
             try:
                 check(name, view)
-            except (ValueError, RecipeError) as error:
-                raise type(error)(f"sources.{name}: {error}" if name else str(error)) from None
+            except (ValueError, SelfplayError) as error:
+                said = str(error)
+                if not name or said.startswith(f"sources.{name}."):
+                    raise
+                kind = type(error) if isinstance(error, SelfplayError) else ValueError
+                raise kind(f"sources.{name}: {said}") from error
 
     def check_win_rates(self) -> None:
         """RecipeError where a loss reads win rates that a source's selector would not give. A selector passed to `iterate` as

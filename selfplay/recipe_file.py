@@ -166,8 +166,10 @@ def _without_kinds(location: list[str]) -> list[str]:
     """
     kept: list[str] = []
     for part in location:
-        under = kept[-2] if kept and kept[-1].isdigit() else "".join(kept[-1:])
-        unwritten = (part == "judge" and under == "judges") or part == "[key]"
+        in_list = bool(kept) and kept[-1].isdigit()
+        under = kept[-2] if in_list else "".join(kept[-1:])
+        # a source may be named judges, and then its judge is no field of a member
+        unwritten = (part == "judge" and under == "judges" and in_list) or part == "[key]"
         if part not in _KINDS.get(under, ()) and not part.startswith(("tagged-union[", "literal[")) and not unwritten:
             kept.append(part)
     return kept
@@ -182,19 +184,21 @@ def _keys_at(location: list[str], data: dict[str, Any]) -> list[str]:
     model: type[BaseModel] = Recipe
     value: Any = data
     models = [model]
-    for part in location:
+    for n, part in enumerate(location):
         if isinstance(value, list):
             value = value[int(part)]
         else:
             value = value.get(part, {}) if isinstance(value, dict) else {}
-            # a name that the user gave, such as a source's, is no field
-            models = _models_in(model.model_fields[part].annotation) if part in model.model_fields else models
+            # the name of a source is the user's, also where a field has the same
+            named = location[:n] == ["sources"] or part not in model.model_fields
+            models = models if named else _models_in(model.model_fields[part].annotation)
         kind = value.get("kind") if isinstance(value, dict) else None
         model = next(
             (m for m in models if "kind" in m.model_fields and kind in get_args(m.model_fields["kind"].annotation)),
             models[0],
         )
-    return list(model.model_fields)
+    member = location[-2:-1] == ["judges"] and location[-1].isdigit()  # beside its judge's keys it has a weight
+    return [*model.model_fields, *(["weight"] if member else [])]
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
@@ -314,7 +318,8 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
 
 def flat(value: Any, at: str = "") -> dict[str, Any]:
     """The values of a recipe, as `model_dump` gives it, by dotted key."""
-    if at.rpartition(".")[2] == "judges":  # several judges change key by key; any other list changes as a whole
+    # several judges change key by key; any other list changes as a whole
+    if at.rpartition(".")[2] == "judges" and isinstance(value, list):
         value = {str(n): judge for n, judge in enumerate(value)}
     if not isinstance(value, dict) or not value:
         return {at: value}

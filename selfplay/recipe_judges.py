@@ -152,7 +152,7 @@ class ApiJudgeRecipe(Section):
 
 
 # Where things lie that have their content in the judge's identity.
-JUDGE_PLACES = ("target", "template", "model")
+JUDGE_PLACES = ("target", "template", "model", "chat_template")
 
 # What may change on a run that goes on: when and how often is asked, never what. `timeout` is also a python judge's.
 API_CONDUCT = (

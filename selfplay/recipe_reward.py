@@ -30,7 +30,7 @@ class RewardModelRecipe(Section):
 
 
 # What may change on a run that goes on: how rewards are computed, and whether they are trusted, never what they are.
-REWARD_CONDUCT = ("device", "max_batch_tokens", "allow_chance")
+REWARD_CONDUCT = ("device", "max_batch_tokens", "calibration", "allow_chance")
 
 
 class RewardTraining(Section):

@@ -13,6 +13,8 @@ def print_comparison(found: Mapping[str, Any], console: Console) -> None:
     """Runs side by side and their mean gain, for each source where there are several; `found` is metrics.compare(runs)."""
     for name, own in found.get("sources", {"": found}).items():
         _print_compared_runs(own, f", source {name}" if name else "", console)
+    for name in found.get("unscored", ()):
+        console.print(f"source {name}: nobody scores its panel, so it has no gain", markup=False)
 
 
 def _print_compared_runs(found: Mapping[str, Any], whose: str, console: Console) -> None:

@@ -14,10 +14,11 @@ from selfplay.errors import RecipeError
 from selfplay.judges.lift import function_identity
 from selfplay.models import load_chat, local_model, prompt_room, resolve_auto
 from selfplay.panel import HeldOut, Panel
-from selfplay.parts import OwnParts, Source, check_dealt, note_drops, open_sources, require_parts
+from selfplay.parts import OwnParts, Source, note_drops, open_sources, require_parts
+from selfplay.pool_checks import check_pool
 from selfplay.progress import Reporter
 from selfplay.protocols import Judge
-from selfplay.recipe import Recipe
+from selfplay.recipe import Recipe, SourceView
 from selfplay.recipe_file import differences, dump_recipe
 from selfplay.sources import load_pools, plain, record_pools
 from selfplay.train.devices import Devices, require_machines, require_possible
@@ -119,7 +120,12 @@ def start_run(
     chat = load_chat(str(initial), recipe.chat)
     pools = load_pools(recipe, chat=chat, room=prompt_room(recipe, initial))
     note_drops(pools, report)
-    recipe.for_each(lambda name, view: check_dealt(view, pools[name], own[name]))
+
+    def check(name: str, view: SourceView) -> None:
+        given = own[name]
+        check_pool(view, pools[name], judge_given=given.judge is not None, selector_given=given.selector is not None)
+
+    recipe.for_each(check)
     # before anything is written that would bind the folder to these judges
     sources, heldout = open_sources(recipe, pools, own, folder, allow_code=allow_code, report=report)
     _same_identity(_identity(initial, reference, chat, sources, heldout), folder)
@@ -172,8 +178,16 @@ def _same_identity(identity: dict[str, Any], folder: Path) -> None:
         store.write_json(path, identity)
         return
     old = store.read_json(path)
-    changed = [f"{key}: {old.get(key)} -> {value}" for key, value in identity.items() if old.get(key) != value]
+    # a filter reads pairs, so while there are none it may be another one
+    free = () if any(folder.glob("round-*/pairs.jsonl")) else ("filters",)
+    changed = [
+        f"{key}: {old.get(key)} -> {value}"
+        for key, value in identity.items()
+        if old.get(key) != value and key not in free
+    ]
     if changed:
         raise RecipeError(
             f"{folder} was started with another {', '.join(changed)}. Take a new --out, or bring back the old"
         )
+    if old.get("filters") != identity["filters"]:
+        store.write_json(path, old | {"filters": identity["filters"]})

@@ -13,7 +13,7 @@ from selfplay.chat import Chat
 from selfplay.errors import DataError
 from selfplay.lazy_prompts import Index, Prompts
 from selfplay.prompts import PromptPool, load_pool
-from selfplay.recipe import Recipe
+from selfplay.recipe import Recipe, SourceView
 from selfplay.types import Drop
 
 
@@ -28,9 +28,12 @@ def load_pools(recipe: Recipe, *, chat: Chat | None = None, room: int | None = N
     A prompt that several sources have stays with the first that the recipe lists, held-out prompts before those for training;
     the others drop it, with the reason. The `source` of every prompt then starts with the name of its source and a colon.
     """
-    pools = {
-        name: load_pool(view.prompts, seed=recipe.seed, chat=chat, room=room) for name, view in recipe.by_source.items()
-    }
+    pools: dict[str, PromptPool] = {}
+
+    def load(name: str, view: SourceView) -> None:
+        pools[name] = load_pool(view.prompts, seed=recipe.seed, chat=chat, room=room)
+
+    recipe.for_each(load)
     if recipe.sources is None:
         return pools
     owners: list[tuple[str, Index]] = []

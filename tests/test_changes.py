@@ -50,6 +50,11 @@ OPEN = {
     "a rate of a round to come": ([POLICY_0], train(learning_rate=0.5), train(learning_rate=[0.5, 0.1])),
     "a margin of a round to come": ([PAIRS_0], pairs(min_margin=0.5), pairs(min_margin=[0.5, 0.1])),
     "gradient checkpointing": ([POLICY_0], train(), train(gradient_checkpointing=True)),
+    "where a reward model is measured, and how it is shown conversations": (
+        [POLICY_0],
+        recipe(judge={"kind": "reward_model", "model": "a", "chat_template": "x.jinja"}),
+        recipe(judge={"kind": "reward_model", "model": "b", "chat_template": "y.jinja", "calibration": "p.jsonl"}),
+    ),
     "the bound of the audit": ([POLICY_0], train(), train(max_audit_difference=0.5)),
 }
 CLOSED = {
@@ -116,7 +121,9 @@ def test_a_round_without_pairs_goes_on_with_another_margin_as_if_it_had_begun_so
 ) -> None:
     path, run, clean = write_recipe(tmp_path, tiny, rounds=1), tmp_path / "run", tmp_path / "clean"
     assert main(["iterate", str(path), "--out", str(run), "--set", "pairs.min_margin=9.0"]) == 76
-    assert "with other `pairs` while no round has pairs" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "lower pairs.min_margin" in said
+    assert "with other `pairs` while no round has pairs" in said
     sampled = (run / ROUND_0).stat().st_mtime_ns
     ok("iterate", path, "--out", run)
     ok("iterate", path, "--out", clean)
@@ -142,3 +149,20 @@ def test_a_training_that_broke_goes_on_with_another_rate_as_if_it_had_begun_so(
     ok("iterate", path, "--out", clean)
     for name in (PAIRS_0, REFERENCE_0, POLICY_0, "round-000/train/steps.jsonl", "recipe.yaml"):
         assert store.file_digest(run / name) == store.file_digest(clean / name)
+
+
+def test_a_filter_of_the_users_own_may_join_or_change_until_a_round_has_pairs(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, run, clean = write_recipe(tmp_path, tiny, rounds=1), tmp_path / "run", tmp_path / "clean"
+    (tmp_path / "mine.py").write_text("def all_but_one(pairs, context):\n    return pairs[1:]\n")
+    filtered = ("--allow-code", "--set", "pairs.filters=[{kind: python, target: 'mine.py:all_but_one'}]")
+    assert main(["iterate", str(path), "--out", str(run), "--set", "pairs.min_margin=9.0"]) == 76
+    ok("iterate", path, "--out", run, *filtered)
+    ok("iterate", path, "--out", clean, *filtered)
+    for name in (PAIRS_0, POLICY_0, "run.json", "recipe.yaml"):
+        assert store.file_digest(run / name) == store.file_digest(clean / name)
+    (tmp_path / "mine.py").write_text("def all_but_one(pairs, context):\n    return pairs[:-1]\n")
+    capsys.readouterr()
+    assert main([str(part) for part in ("iterate", path, "--out", run, *filtered)]) == 64
+    assert "was started with another filters" in capsys.readouterr().err

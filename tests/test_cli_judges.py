@@ -151,6 +151,16 @@ def test_the_place_of_the_chosen_completion_tells_nothing(tmp_path: Path) -> Non
     assert calibration(rows, first)["accuracy"] == places.count(0) / len(places)
 
 
+def test_a_kept_calibration_is_not_taken_for_one_of_rows_with_other_checks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, out = recipe_in(tmp_path, {"kind": "verifier", "score": "all"}), tmp_path / "kept"
+    for most, code in ((2, 0), (2, 0), (1, 64)):
+        rows = [{**row, "checks": [{"kind": "words", "max": most}]} for row in ROWS]
+        said = run(capsys, "calibrate", recipe, "--pairs", jsonl(tmp_path / "p.jsonl", rows), "--out", out, code=code)
+    assert "holds the work of other inputs" in said
+
+
 def test_ties_count_half_and_missing_verdicts_not_at_all() -> None:
     rows = [Labelled(Prompt(f"p{n}", ()), "long text", "text") for n in range(4)]
     scores: list[tuple[float | None, float | None]] = [(1.0, 1.0), (1.0, None), (None, None), (2.0, 2.0)]

@@ -19,6 +19,7 @@ from selfplay.types import Completion, Group, Judgement, Message, Prompt
 SILENCE = 0.2  # seconds; what a call of these judges takes is far below
 FILE = """
 import asyncio
+import contextlib
 import threading
 
 from selfplay.types import Judgement
@@ -44,6 +45,16 @@ class Whole:
         return [Judgement(group.prompt.id, (1.0, 0.0)) for group in groups]
 
 whole = Whole()
+
+class Staged(Whole):
+    stages = []
+
+    @contextlib.contextmanager
+    def stage(self, folder, note):
+        self.stages.append(folder)
+        yield
+
+staged = Staged()
 
 def broken(prompt, completion):
     raise LookupError("no such bird")
@@ -108,6 +119,14 @@ def test_in_time_it_judges_counts_and_fails_as_without_a_limit(file: Path) -> No
     assert timed.identity == free.identity
     with pytest.raises(JudgeError, match="LookupError: no such bird"):
         judge_of(file, "broken", 60.0).judge(groups, JudgeContext())
+
+
+def test_a_judge_with_a_limit_still_has_its_own_block_around_a_stage(file: Path, tmp_path: Path) -> None:
+    judge_groups(
+        judge_of(file, "staged", 60.0), groups_of(2), JudgeContext(), tmp_path / "judgements", SILENT, "judging"
+    )
+    (module,) = [m for name, m in sys.modules.items() if name.startswith("selfplay_user_slow_judges")]
+    assert vars(module)["staged"].stages == [tmp_path / "judgements"]
 
 
 def test_the_judge_works_in_a_thread_that_keeps_no_process_alive(file: Path) -> None:

@@ -43,6 +43,7 @@ ORDER = (
     "generators/",
     "models",
     "judges/",
+    "pool_checks",
     "filters/",
     "pairs/",
     "losses",

@@ -57,6 +57,16 @@ def test_each_round_has_its_own_values_and_follows_the_one_before(tiny: Path, tm
     assert (first.max_steps, second.max_steps) == (4, 1)
 
 
+def test_it_says_which_prompts_every_round_gets(tiny: Path, tmp_path: Path) -> None:
+    first = printed(make_plan(recipe_of(tmp_path, tiny), tmp_path / "run"))
+    assert "prompts 1 to 6 in dealing order" in first
+    assert "prompts 7 to 10 in dealing order" in first
+    same = printed(make_plan(recipe_of(tmp_path, tiny, prompts={"deal": "same"}), tmp_path / "run"))
+    assert "prompts the first 6 in dealing order" in same
+    whole = recipe_of(tmp_path, tiny, prompts={"deal": "same", "num_prompts": 16})
+    assert "prompts all in dealing order" in printed(make_plan(whole, tmp_path / "run"))
+
+
 def test_pairs_are_counted_by_strategy_and_with_those_mixed_in(tiny: Path, tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, tiny, rounds=3, prompts={"num_prompts": [6, 4, 5]}).model_dump(mode="json")
 

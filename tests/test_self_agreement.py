@@ -1,6 +1,8 @@
 """How far a judge agrees with itself: figures that a careless judge can't have."""
 
 import random
+import tracemalloc
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from selfplay.audit import MIN_COUNT, audit
 from selfplay.errors import JudgeError
 from selfplay.judges.contract import check_judgements
+from selfplay.records import Lazy
 from selfplay.self_agreement import repeated, self_agreement, self_reliability
 from selfplay.types import Completion, Group, Judgement, Prompt
 
@@ -20,7 +23,7 @@ def judgement_of(*verdicts: tuple[float | None, ...]) -> Judgement:
 
 
 def test_only_questions_with_two_readable_verdicts_count() -> None:
-    found = repeated([judgement_of((1.0, None), (2.0, 2.0, None)), Judgement("q", (1.0,))])
+    found = list(repeated([judgement_of((1.0, None), (2.0, 2.0, None)), Judgement("q", (1.0,))]))
     assert found == [[[2.0, 2.0]]]
     assert self_agreement(found) == 1.0
     assert self_agreement([]) is None
@@ -66,6 +69,36 @@ def test_a_judge_that_throws_dice_rings_the_alarm_and_one_that_knows_does_not() 
         figures = audit(groups, judged, [])
         assert figures["num_repeated"] == 2 * MIN_COUNT
         assert [("is noise" in alarm) for alarm in figures["alarms"]] == [True] * careless
+
+
+class Made(Lazy[object]):
+    """Records that are made when they are asked for."""
+
+    def __init__(self, count: int, make: Callable[[int], object]) -> None:
+        self.count, self.make = count, make
+
+    def __len__(self) -> int:
+        return self.count
+
+    def _item(self, place: int) -> object:
+        return self.make(place)
+
+
+def test_what_the_audit_of_several_verdicts_holds_does_not_grow_with_the_prompts() -> None:
+    def judgement(n: int) -> Judgement:
+        return Judgement(f"p{n}", (0.5,) * 4, verdicts=tuple((n + k + 0.25, n + k + 0.75, n / 7) for k in range(4)))
+
+    def group(n: int) -> Group:
+        return Group(Prompt(f"p{n}", ()), (1,), (Completion("a"),) * 4)
+
+    peaks = []
+    for count in (100, 100, 600):  # first what is imported and cached once
+        tracemalloc.start()
+        figures = audit(Made(count, group), Made(count, judgement), [])  # type: ignore[arg-type]
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert figures["num_repeated"] == 4 * count
+    assert (peaks[2] - peaks[1]) / 500 < 200  # bytes a prompt; its verdicts take 1000
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """`selfplay validate`: is a recipe right, before anything heavy is loaded?"""
 
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -14,8 +15,9 @@ from selfplay.judges.api_key import read_key
 from selfplay.judges.python import load_python_judge
 from selfplay.judges.questions import Questions, check_asked
 from selfplay.judges.template import load_template
-from selfplay.judges.verifier import check_verifiable, validate_checks
+from selfplay.judges.verifier import validate_checks
 from selfplay.models import local_model
+from selfplay.pool_checks import check_pool
 from selfplay.prompts import load_pool
 from selfplay.recipe import Recipe, SourceView
 from selfplay.recipe_file import load_recipe
@@ -113,15 +115,15 @@ def _check_rows(recipe: Recipe) -> None:
     """Reads the prompts, where they are files of JSON: tables and data sets take a library, and hubs the network."""
     if all(_is_json(view.prompts) for view in recipe.by_source.values()):
         pools = load_pools(recipe)
-        recipe.for_each(lambda name, view: check_verifiable(view, pools[name], judge_given=False))
+        recipe.for_each(lambda name, view: check_pool(view, pools[name]))
         return
-    recipe.for_each(lambda _, view: _check_rows_of(view))
+    recipe.for_each(_check_rows_of)
 
 
-def _check_rows_of(view: SourceView) -> None:
+def _check_rows_of(name: str, view: SourceView) -> None:
     """Reads the prompts of one source beside others that can't be read here."""
     if _is_json(view.prompts):
-        check_verifiable(view, load_pool(view.prompts, seed=view.seed), judge_given=False)
+        check_pool(view, replace(load_pool(view.prompts, seed=view.seed), name=name))
 
 
 def _is_json(prompts: PromptsRecipe) -> bool:

@@ -8,8 +8,10 @@ it ends by itself or the process does, which doesn't wait for it, and what it st
 import contextvars
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import TracebackType
 
 from selfplay.errors import JudgeError
@@ -54,6 +56,10 @@ class TimedJudge:
 
     def count_verdicts(self, groups: Sequence[Group]) -> int | None:
         return self.inner.count_verdicts(groups)
+
+    def stage(self, folder: Path, note: Callable[[str], None]) -> AbstractContextManager[object]:
+        """The judge's own block around a stage, where it has one; it has no limit."""
+        return self.inner.stage(folder, note)
 
     def judge(self, groups: Sequence[Group], context: JudgeContext) -> Sequence[Judgement]:
         """What the judge returns or raises. JudgeError, naming the prompts: it said nothing for too long."""

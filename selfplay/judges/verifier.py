@@ -103,9 +103,11 @@ def _check_foreign(prompts: Sequence[Prompt], checks: Sequence[Check]) -> None:
 def check_verifiable(recipe: SourceView, pool: PromptPool, *, judge_given: bool) -> None:
     """Reads the checks of all prompts that a verifier will judge, before anything is sampled."""
     held = recipe.evaluate.judge if judge_given else recipe.heldout_judge
-    for judge, prompts in ((None if judge_given else recipe.judge, pool.train), (held, pool.heldout)):
+    key = "judge" if recipe.evaluate.judge is None else "evaluate.judge"
+    for at, judge, prompts in (("judge", None if judge_given else recipe.judge, pool.train), (key, held, pool.heldout)):
         for one in judges_in(judge):
             if isinstance(one, VerifierRecipe):
+                validate_checks(one.checks, f"{at}.checks")
                 _check_pool(prompts, one)
 
 

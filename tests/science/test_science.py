@@ -214,6 +214,35 @@ def test_the_judge_is_taught_as_many_yes_as_no(tiny: Path, tmp_path: Path, monke
     assert sorted(said) == ["no"] * 3 + ["yes"] * 3
 
 
+def test_the_policy_that_judges_itself_is_taught_measured_and_played_to_the_table(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged = [(one, Judgement(one.prompt.id, (1.0, 0.0, 1.0))) for one in groups(3)]
+    monkeypatch.setattr(judges, "judged_groups", lambda *_: judged)
+    says = tmp_path / "says.md"  # the tiny model has these two words as tokens, and yes and no as letters
+    says.write_text(
+        "---\nname: says\nversion: 1\nmode: pointwise\nlabels: {the: 1, and: 0}\n---\n[user]\n{prompt}\n{completion}"
+    )
+    lab = lab_of("B", tmp_path, tiny, {}, **{"train.max_length": 2048, "pairs.truncated": "judged", "rounds": 1})
+    lab.plan["arms"]["self"]["set"]["judge"]["template"] = str(says)
+    judges.prepare(lab, data_only=True)
+    rows = [{"prompt": f"Say {n}.", "chosen": "One two three.", "rejected": "No"} for n in range(4)]
+    store.write_json_lines(lab.out / "unseen.jsonl", rows)
+    judges.measure_judges(lab, lambda arm: arm == "self")
+    for arm in ("self_start", "self"):
+        player.play(lab, Item(arm, 0, "only"))
+    own = lab.folder(Item("self", 0, "only"))
+    (run,) = (path.parent for path in own.rglob("run.json"))
+    taught = store.weights_digest(judges.yes_no_policy(lab))
+    assert store.read_json(run / "run.json")["model"] == taught != store.weights_digest(tiny)
+    assert store.read_json(run / "run.json")["judge"].startswith("llm:policy ")
+    assert store.read_json(run / "round-000" / "round.json")["counts"]["num_pairs"] > 0
+    table = judges.table(lab)
+    assert "| self | 0 | not run" not in table
+    dose = next(line for line in table.splitlines() if line.startswith("| self | 0.") or line.startswith("| self | 1."))
+    assert dose.split("|")[3].strip() == "1"
+
+
 @pytest.mark.slow
 def test_rounds_and_offline_are_played_to_the_tables_at_a_matched_kl(tiny: Path, tmp_path: Path) -> None:
     heldout = str(ROOT / "recipes" / "data" / "quickstart_heldout.jsonl")
