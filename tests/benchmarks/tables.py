@@ -43,6 +43,7 @@ def print_others(results: Sequence[Result], console: Console) -> None:
         "benchmark": lambda row: row[0]["id"],
         "peer": lambda row: row[1],
         "seconds": lambda row: _spread(*row, "seconds"),
+        "CPU seconds": lambda row: _spread(*row, "cpu_seconds") if _measures(row[0], "cpu_seconds") else "-",
         "tokens/s": lambda row: (
             _spread(*row, "tokens_per_second", 0) if _measures(row[0], "tokens_per_second") else "-"
         ),
@@ -56,7 +57,7 @@ def print_others(results: Sequence[Result], console: Console) -> None:
             console.print(f"{result['id']}: {line}", markup=False)
     console.print(
         "median [min, max]; ratio: above 1 where ours is faster, to the last peer of the benchmark (round: theirs / ours; "
-        "scale: seconds per prompt over those of the smallest size)",
+        "scale: CPU seconds per prompt over those of the smallest size)",
         markup=False,
     )
 
