@@ -49,15 +49,15 @@ def test_what_a_headline_needs_is_repeated_first_and_an_extra_peer_counts_as_the
 
 def test_the_seconds_of_the_set_are_below_half_an_hour_with_what_is_around_them() -> None:
     code = (
-        "from bench import IDS, SECONDS, the_set; from training import HEADLINE, OTHERS, SAME_WORK\n"
+        "from bench import IDS, SECONDS, shares, the_set; from training import HEADLINE, OTHERS, SAME_WORK\n"
         "from peers import PEERS; from work import make_work\n"
         "ids = the_set(full=False, is_random=False)\n"
-        "shares = [SECONDS[id] for id in ids if SAME_WORK.get(id) not in ids]\n"
-        "print(set(IDS) == set(SECONDS), set(IDS) - set(ids), sum(shares) <= 27 * 60,\n"
+        "print(set(IDS) == set(SECONDS), set(IDS) - set(ids), 26 * 60 < sum(shares(ids).values()) <= 27 * 60,\n"
+        "      shares(['memory']) == {'memory': SECONDS['memory']}, shares(ids)['memory'] == 0,\n"
         "      all(name in PEERS for names in OTHERS.values() for name in (*HEADLINE, *names)),\n"
         "      all(make_work(id) == make_work(same) for id, same in SAME_WORK.items()))"
     )
-    assert ask(code) == "True {'memory-double'} True True True"
+    assert ask(code) == "True {'memory-double'} True True True True True"
 
 
 def test_memory_is_read_off_the_runs_of_train_pair_where_they_are_known() -> None:

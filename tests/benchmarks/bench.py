@@ -19,7 +19,7 @@ from machine import MODEL, OUT, SIZES, TRAINED, Setup, make_setup
 from measured import Result
 from rich.console import Console
 from tables import print_left_out, print_others, print_training
-from training import MEMORY, TRAINING, gemm_rate, measure
+from training import MEMORY, SAME_WORK, TRAINING, gemm_rate, measure
 from wholes import ENGINES, measure_engines, measure_round, measure_scale
 
 IDS = (*TRAINING, *MEMORY, *ENGINES, "scale", "round")
@@ -49,12 +49,13 @@ def main() -> None:
     where = torch.cuda.get_device_name() if chosen.device == "cuda" else where
     print(f"{where}, bf16 GEMM {rate / 1e9:.0f} GFLOP/s", flush=True)
     full = chosen.full or chosen.device == "cuda"  # a GPU is given all the time that it takes
+    ids = sorted(chosen.ids or the_set(full=full, is_random=setup.is_random), key=IDS.index)
     results: list[Result] = []
     late = 0.0  # what those before have taken beyond their seconds
-    for id in chosen.ids or the_set(full=full, is_random=setup.is_random):
+    for id, share in shares(ids).items():
         started = time.monotonic()
-        result = measured(id, chosen.runs, rate, setup, full=full, budget=SECONDS[id] - late, before=results)
-        late = max(0.0, late + time.monotonic() - started - SECONDS[id])
+        result = measured(id, chosen.runs, rate, setup, full=full, budget=share - late, before=results)
+        late = max(0.0, late + time.monotonic() - started - share)
         name = f"{id}-{chosen.size}" if setup.is_random else id
         (OUT / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
         results.append(result)
@@ -63,11 +64,14 @@ def main() -> None:
     print_training([r for r in results if r["id"] in trainers], console)
     print_others([r for r in results if r["id"] not in trainers], console)
     print_left_out(results, console)
+    if not chosen.ids:
+        for id in (id for id in IDS if id not in ids):
+            console.print(f"{id}: left out: runs where it is named", markup=False)
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("ids", nargs="*", metavar="ID", help=f"of {', '.join(IDS)}; none: all")
+    parser.add_argument("ids", nargs="*", metavar="ID", help=f"of {', '.join(IDS)}; none: half an hour of them")
     parser.add_argument("--runs", type=int, default=3, help="runs of each peer (default 3)")
     parser.add_argument("--full", action="store_true", help="all runs and sizes, however long they take")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -87,6 +91,11 @@ def the_set(*, full: bool, is_random: bool) -> list[str]:
     left = {"scale"} if is_random else set()
     left |= set() if full else {"memory-double"}
     return [id for id in IDS if id not in left]
+
+
+def shares(ids: Sequence[str]) -> dict[str, float]:
+    """Seconds of each; none of one that is read off the runs of another."""
+    return {id: 0.0 if SAME_WORK.get(id) in ids else SECONDS[id] for id in ids}
 
 
 def measured(

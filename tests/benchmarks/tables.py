@@ -63,10 +63,10 @@ def print_others(results: Sequence[Result], console: Console) -> None:
 
 
 def print_left_out(results: Sequence[Result], console: Console) -> None:
-    """What has no figure above, and why. Nothing where all was run."""
+    """What has no figure above, and why, in a line for each benchmark. Nothing where all was run."""
     for result in results:
-        for line in result["left_out"]:
-            console.print(f"{result['id']}: left out: {line}", markup=False)
+        if result["left_out"]:
+            console.print(f"{result['id']}: left out: {'; '.join(result['left_out'])}", markup=False)
 
 
 def _measures(result: Result, key: str) -> bool:
