@@ -99,7 +99,7 @@ mini-data: $(VENV)/.engine-$(ENGINE) ## fetch the real rows of the mini recipes 
 	test -e data/sums.jsonl || $(BIN)/selfplay tasks chain_sum data/sums.jsonl --count 180 --read last_number \
 	  --set min_terms=2 --set max_terms=2 --set min_digits=1 --set max_digits=1
 
-# Several measurements, up to half an hour: nothing else should run. BENCH="train-pair memory" runs some.
+# Several measurements, 27 minutes on two cores: nothing else should run. BENCH="train-pair memory" runs some.
 bench: $(VENV)/.engine-$(ENGINE) $(VENV)/.test $(MODEL)/config.json ## time training, engines and whole rounds against their peers
 	HF_HUB_OFFLINE=1 $(BIN)/python tests/benchmarks/bench.py $(BENCH)
 

@@ -32,7 +32,7 @@ def source_figures(
     """The counts of one source in a round, the mean score of its completions, and the audit of its judge. A source of several
     that gives no pair at all is an alarm: the round trains without it.
     """
-    counts = _counts(groups, selection, round)
+    counts = row_counts(groups, selection, round)
     audited = audit(groups, judgements, selection.pairs, canaries)
     if name and groups and not selection.num_own_prompts(round):
         why = "; ".join(sorted(counts["num_prompts_without_pair"]))
@@ -55,7 +55,8 @@ def _mean_score(judgements: Sequence[Judgement]) -> float | None:
     return total / num_scores if num_scores else None
 
 
-def _counts(groups: Sequence[Group], selection: Selection, round: int) -> dict[str, Any]:
+def row_counts(groups: Sequence[Group], selection: Selection, round: int) -> dict[str, Any]:
+    """Where the prompts and completions of one source went in a round, and how many pairs are left."""
     unused = dict(Counter(drop.reason for drop in selection.drops))
     num_completions = num_tokens = 0
     for group in groups:

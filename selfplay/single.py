@@ -1,40 +1,36 @@
 """The stages of a round one by one, over files: what a cluster user runs as separate jobs.
 
-With the same recipe, round and model each writes the same bytes as `iterate` does. A folder that holds the work of other
-inputs is refused, never reused.
+With the same recipe, round and model each writes the same bytes as `iterate` does, and holds as little: records are read from
+their shards when they are asked for. A folder that holds the work of other inputs is refused, never reused.
 """
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from selfplay import store
 from selfplay.chat import Chat
-from selfplay.errors import DataError, RecipeError, StorageError
-from selfplay.filters import load_programs, make_filters
+from selfplay.errors import DataError, RecipeError
 from selfplay.judges import make_judge
 from selfplay.lazy_prompts import json_list
 from selfplay.models import load_chat, local_model, open_generator, prompt_room, resolve_auto
-from selfplay.pairing import Pairing, make_pairs
-from selfplay.pairs import Selection, make_selector
 from selfplay.parts import note_drops
 from selfplay.progress import Reporter
-from selfplay.protocols import FilterContext, Judge, JudgeContext
-from selfplay.recipe import Recipe, SourceView
-from selfplay.recipe_filters import MixPreviousRecipe, PythonFilterRecipe
+from selfplay.protocols import Judge, JudgeContext
+from selfplay.recipe import Recipe
 from selfplay.recipe_judges import JudgeRecipe, LLMJudgeRecipe, asks_policy, judges_in
 from selfplay.recipe_values import optional_at_round
+from selfplay.records import Records
 from selfplay.run import report_swept
 from selfplay.sources import load_pools, plain, record_pools
 from selfplay.stages import Judging, judge_each, sample_groups, sampling_at, shards
 from selfplay.train.four_bit import playable
 from selfplay.trust import require_trust
-from selfplay.types import Group, Judgement, PreferencePair, Prompt, derive_seed
+from selfplay.types import Group, Judgement, Prompt, derive_seed
 
 IDENTITY = "stage.json"
 
@@ -46,8 +42,12 @@ def read_groups(folder: str | Path) -> list[Group]:
 
 def read_judgements(folder: str | Path) -> list[Judgement]:
     """The judgements of a folder of shards, such as runs/NAME/round-000/judgements, or of one file."""
-    paths = [Path(folder)] if Path(folder).is_file() else read_shards(folder)
-    return [judgement for path in paths for judgement in store.read_records(path, Judgement)]
+    return [judgement for path in judgement_files(folder) for judgement in store.read_records(path, Judgement)]
+
+
+def judgement_files(folder: str | Path) -> list[Path]:
+    """The files that these are read from."""
+    return [Path(folder)] if Path(folder).is_file() else read_shards(folder)
 
 
 def read_shards(folder: str | Path) -> list[Path]:
@@ -87,8 +87,8 @@ def claimed(out: Path, identity: dict[str, Any], report: Reporter) -> Iterator[N
         yield
 
 
-def generate(recipe: Recipe, model: str, out: Path, *, round: int, report: Reporter) -> list[Group]:
-    """The completions of a round's prompts under a model, as shards in `out`."""
+def generate(recipe: Recipe, model: str, out: Path, *, round: int, report: Reporter) -> dict[str, Sequence[Group]]:
+    """The completions of a round's prompts under a model, by source, as shards in `out`."""
     recipe, folder = resolve_auto(recipe), local_model(model)
     chat = load_chat(str(folder), recipe.chat)
     pools, sources = load_pools(recipe, chat=chat, room=prompt_room(recipe, folder)), recipe.by_source
@@ -100,15 +100,15 @@ def generate(recipe: Recipe, model: str, out: Path, *, round: int, report: Repor
         "round": round,
         "model": store.weights_digest(folder),
         "chat": text_digest(chat.template_digest_text),
-        "prompts": _prompts_digest(prompts),
+        "prompts": prompts_digest(prompts),
         "sampling": asdict(sampling),
-        "generator": _engine(recipe),
+        "generator": engine_identity(recipe),
         "gold": gold,
     }
     if recipe.train.lora is not None and recipe.train.lora.load_in_4bit:
         identity["load_in_4bit"] = True
     seed = derive_seed(recipe.seed, round, "engine")
-    groups: list[Group] = []
+    groups: dict[str, Sequence[Group]] = {}
     with claimed(out, identity, report):
         note_drops(pools, report)
         record_pools(pools, out)
@@ -116,11 +116,12 @@ def generate(recipe: Recipe, model: str, out: Path, *, round: int, report: Repor
         with open_generator(recipe.generator, start, chat, seed=seed, encode_gold=gold) as generator:
             for name, dealt in prompts.items():
                 label = f"round {round}{name and f', {name}'}, sampling"
-                groups += sample_groups(generator, dealt, sampling, out / name, report, label)
+                groups[name] = sample_groups(generator, dealt, sampling, out / name, report, label)
     return groups
 
 
-def _prompts_digest(prompts: Mapping[str, Sequence[Prompt]]) -> Any:
+def prompts_digest(prompts: Mapping[str, Sequence[Prompt]]) -> Any:
+    """SHA-256 of the ids, gold answers and checks of each source's prompts."""
     found = {}
     for name, own in prompts.items():
         digest = hashlib.sha256()  # of what json.dumps of all of them would give
@@ -130,7 +131,7 @@ def _prompts_digest(prompts: Mapping[str, Sequence[Prompt]]) -> Any:
     return plain(found)
 
 
-def _engine(recipe: Recipe) -> dict[str, Any]:
+def engine_identity(recipe: Recipe) -> dict[str, Any]:
     """What of the generator decides which completions, or verdicts, are drawn, beside the sampling."""
     return recipe.generator.model_dump(mode="json", include={"kind", "dtype", "max_model_len", "engine_args"})
 
@@ -142,15 +143,15 @@ def text_digest(value: Any) -> str:
 
 def judge(
     recipe: Recipe, groups: Path, out: Path, *, model: str | None, round: int, allow_code: bool, report: Reporter
-) -> list[Judgement]:
-    """The judge's scores of the groups in a folder, as shards in `out`; of several sources each judge's, by source. `model` is
-    the policy, for a judge that is one.
+) -> list[Sequence[Judgement]]:
+    """The judge's scores of the groups in a folder, as shards in `out`; of several sources each judge's. `model` is the policy,
+    for a judge that is one.
     """
     sources = recipe.by_source
     judged = {n: paths for n, paths in source_shards(recipe, groups, round).items() if sources[n].judge is not None}
     digests = {name: [store.file_digest(path) for path in paths] for name, paths in judged.items()}
     inputs = {"stage": "judge", "round": round, "groups": plain(digests)}
-    found = {name: [g for path in paths for g in store.read_records(path, Group)] for name, paths in judged.items()}
+    found = {name: Records(Group, paths) for name, paths in judged.items()}
     return judge_here(recipe, found, out, inputs, model=model, round=round, allow_code=allow_code, report=report)
 
 
@@ -165,7 +166,7 @@ def judge_here(
     allow_code: bool,
     report: Reporter,
     trusted: bool = False,
-) -> list[Judgement]:
+) -> list[Sequence[Judgement]]:
     """The judges' scores of the groups of each source, as shards in `out`; `inputs` says whose work that folder holds. A reward
     model that isn't shown to beat a coin is refused, unless it is `trusted`.
     """
@@ -182,7 +183,7 @@ def judge_here(
     identity = inputs | {"judge": plain({name: one.identity for name, one in judges.items()}), "model": None}
     if any(isinstance(one, LLMJudgeRecipe) for judge in asked.values() for one in judges_in(judge)):
         recipe = resolve_auto(recipe)
-        identity["generator"] = _engine(recipe)
+        identity["generator"] = engine_identity(recipe)
     seed = derive_seed(recipe.seed, round, "judge")
     parts = [
         Judging(one, groups[name], out / name, f"round {round}{name and f', {name}'}, judging")
@@ -196,15 +197,13 @@ def judge_here(
     if not own or model is None:
         with claimed(out, identity, report):
             trust()
-            found = judge_each(parts, JudgeContext(round, seed), report)
-            return [judgement for judgements in found for judgement in judgements]
+            return judge_each(parts, JudgeContext(round, seed), report)
     folder = local_model(model)
     chat, engine_seed = load_chat(str(folder), recipe.chat), derive_seed(recipe.seed, round, "engine")
     identity |= {"model": store.weights_digest(folder), "chat": text_digest(chat.template_digest_text)}
     with claimed(out, identity, report), open_generator(recipe.generator, folder, chat, seed=engine_seed) as generator:
         trust()
-        found = judge_each(parts, JudgeContext(round, seed, generator), report)
-        return [judgement for judgements in found for judgement in judgements]
+        return judge_each(parts, JudgeContext(round, seed, generator), report)
 
 
 def open_judge(recipe: Recipe, asked: JudgeRecipe, *, allow_code: bool, made: dict[str, Judge] | None = None) -> Judge:
@@ -217,143 +216,3 @@ def open_judge(recipe: Recipe, asked: JudgeRecipe, *, allow_code: bool, made: di
         return open_generator(resolved.generator, folder, Chat.load(str(folder)), seed=recipe.seed)
 
     return make_judge(asked, allow_code=allow_code, open_model=open_model, made=made)
-
-
-@dataclass(frozen=True, slots=True)
-class PairInputs:
-    """What pairs are made of. `previous` are the pairs.jsonl of earlier rounds, for the filter mix_previous."""
-
-    groups: Path
-    judgements: Path | None = None
-    previous: Sequence[Path] = ()
-    round: int = 0
-
-
-def pairs(recipe: Recipe, inputs: PairInputs, out: Path, *, allow_code: bool) -> dict[str, Selection]:
-    """The pairs of judged groups, by source, in the file `out`; it is left alone where it holds other pairs."""
-    _require_read(recipe, inputs)
-    with tempfile.TemporaryDirectory() as folder:
-        groups = source_shards(recipe, inputs.groups, inputs.round)
-        pairings = {
-            name: _pairing(name, view, groups[name], inputs, allow_code=allow_code)
-            for name, view in recipe.by_source.items()
-        }
-        selections = {
-            name: replace(one, pairs=tuple(one.pairs), drops=tuple(one.drops))  # their files go with the folder
-            for name, one in make_pairs(pairings, Path(folder)).items()
-        }
-        made = store.read_bytes(Path(folder) / "pairs.jsonl")
-    if out.exists() and store.read_bytes(out) != made:
-        raise StorageError(f"{out}: holds other pairs; remove it or take another --out")
-    if not out.exists():
-        store.write_bytes(out, made)
-    return selections
-
-
-def _require_read(recipe: Recipe, inputs: PairInputs) -> None:
-    views = recipe.by_source.values()
-    if inputs.judgements is not None and not any(view.pairs.reads_scores for view in views):
-        raise RecipeError("--judgements is given, but no pairs.kind of this recipe reads scores: leave it out")
-    mixing = (MixPreviousRecipe, PythonFilterRecipe)
-    if inputs.previous and not any(isinstance(one, mixing) for view in views for one in view.pairs.filters):
-        raise RecipeError("--previous is given, but no filter of this recipe reads earlier rounds: leave it out")
-
-
-def _pairing(
-    source: str, recipe: SourceView, sampled: Sequence[Path], inputs: PairInputs, *, allow_code: bool
-) -> Pairing:
-    """What the pairs of a source are made of, from its folders."""
-    if recipe.pairs.reads_scores and inputs.judgements is None:
-        raise RecipeError(f"pairs.kind {recipe.pairs.kind} reads scores: name their folder with --judgements")
-    groups = [group for path in sampled for group in store.read_records(path, Group)]
-    judged = inputs.judgements if recipe.pairs.reads_scores else None
-    scores = None if judged is None else read_judgements(judged / source) if groups else []
-    if scores is not None and [j.prompt_id for j in scores] != [g.prompt.id for g in groups]:
-        raise DataError(f"{judged}: these are the judgements of other prompts than those in {inputs.groups / source}")
-    seed = derive_seed(recipe.seed, inputs.round, "pair")
-
-    def previous(index: int) -> list[PreferencePair]:
-        return [pair for pair in _previous(inputs.previous, index) if pair.source == source]
-
-    return Pairing(
-        make_selector(recipe.pairs, inputs.round, seed),
-        groups,
-        scores,
-        filters=make_filters(recipe.pairs, inputs.round, load_programs(recipe.pairs, allow_code=allow_code)),
-        context=FilterContext(inputs.round, seed, previous),
-        judge="" if judged is None else _judge_of(judged, source),
-        max_unparsed=recipe.pairs.unparsed_bound,
-    )
-
-
-def _previous(files: Sequence[Path], round: int) -> list[PreferencePair]:
-    """The pairs that an earlier round made itself. RecipeError where no file is that round's."""
-    for path in files:
-        found = store.read_records(path, PreferencePair)
-        # a file's newest pairs are its round's own; older ones were mixed in, with the weights of that mix
-        if found and max(pair.origin_round for pair in found) == round:
-            return [pair for pair in found if pair.origin_round == round]
-    raise RecipeError(
-        f"pairs.filters asks for the pairs of round {round}: name its pairs.jsonl with --previous, once for each earlier round"
-    )
-
-
-def _judge_of(judgements: Path, source: str) -> str:
-    """The identity of the judge that wrote a folder of judgements: of a single stage, or of a run's round."""
-    single, run = judgements / IDENTITY, judgements.resolve().parent.parent / "run.json"
-    path = single if single.exists() else run
-    found = store.read_json(path)["judge"] if path.exists() else None
-    return str((found.get(source) if isinstance(found, dict) else found) or "")
-
-
-def evaluate(recipe: Recipe, model: str, out: Path, *, allow_code: bool, report: Reporter) -> dict[str, Any]:
-    """The held-out panel of a model, as in eval.json; its KL is to the recipe's own model."""
-    from selfplay.panel import HeldOut, Panel
-
-    recipe = resolve_auto(recipe)
-    folder, initial = local_model(model), local_model(recipe.model)
-    chat = load_chat(str(folder), recipe.chat)
-    pools = load_pools(recipe, chat=chat, room=prompt_room(recipe, folder))
-    made: dict[str, Judge] = {}
-    heldout = []
-    for name, view in recipe.by_source.items():
-        prompts, asked = pools[name].heldout[: recipe.evaluate.num_prompts], view.heldout_judge
-        judge = open_judge(recipe, asked, allow_code=allow_code, made=made) if asked is not None else None
-        heldout += [HeldOut(name, prompts, judge)] if prompts else []
-    if not heldout:
-        raise RecipeError("prompts.heldout: the recipe holds no prompts out, so there is nothing to evaluate on")
-    judges = {one.name: one.judge for one in heldout}
-    panel = Panel(recipe, tuple(heldout), report)
-    digests = store.weights_digest(folder), store.weights_digest(initial)
-    identity: dict[str, Any] = {
-        "stage": "evaluate",
-        "model": digests[0],
-        "initial": digests[1],
-        "chat": text_digest(chat.template_digest_text),
-        "prompts": _prompts_digest({one.name: one.prompts for one in heldout}),
-        "judge": plain({name: one.identity if one is not None else None for name, one in judges.items()}),
-        "sampling": asdict(panel.sampling(between=False)),
-        "generator": _engine(recipe),
-        "greedy": recipe.evaluate.greedy,
-        "kl": recipe.evaluate.kl,
-    }
-    is_initial = digests[0] == digests[1]
-    if recipe.train.lora is not None and recipe.train.lora.load_in_4bit:
-        identity["load_in_4bit"] = True
-    with claimed(out, identity, report):
-        note_drops(pools, report)
-        record_pools(pools, out)
-        recipe.for_each(lambda name, view: _trust_panel(view, judges.get(name), out, report))
-        folder, initial = (playable(one, out, recipe.train) for one in (folder, initial))
-        with open_generator(recipe.generator, folder, chat, seed=derive_seed(recipe.seed, 0, "engine")) as generator:
-            index = -1 if is_initial else recipe.rounds - 1
-            panel.sample(generator, out, round=index, between=False)
-            panel.judge_all(generator, out, round=index, between=False)
-        figures = panel.finish(out, initial=initial, is_initial=is_initial)
-    assert figures is not None
-    return figures
-
-
-def _trust_panel(view: SourceView, judge: Judge | None, out: Path, report: Reporter) -> None:
-    """RecipeError where a reward model that scores the panel isn't shown to beat a coin."""
-    require_trust("judge" if view.evaluate.judge is None else "evaluate.judge", view, judge, out, report)

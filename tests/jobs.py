@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from selfplay import store
+from selfplay.generators.engine import EngineSettings, Request
 from selfplay.recipe_train import TrainRecipe
 from selfplay.train.settings import TrainJob, TrainSettings, settings_at
 from selfplay.train.world import World
-from selfplay.types import Message, PreferencePair
+from selfplay.types import Message, PreferencePair, Sampling
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,6 +82,24 @@ def train(folder: Path, model: Path, pairs: Sequence[PreferencePair], **changes:
 def steps(folder: Path) -> list[dict[str, Any]]:
     """The lines of steps.jsonl of a job in `folder`."""
     return store.read_json_lines(folder / "out" / "train" / "steps.jsonl")
+
+
+def logps_of(model: Any, pairs: Sequence[PreferencePair]) -> "Tensor":
+    """Per-token logps of all completions under a loaded model, in one pack."""
+    from selfplay.train.logps import TokenLogps
+    from selfplay.train.pack import build_packs
+
+    (pack,) = build_packs(pairs, range(len(pairs)), max_pack_tokens=4096, shared=True)
+    with torch.no_grad():
+        return TokenLogps(model)(pack)
+
+
+def greedy(settings: EngineSettings, prompt: Tokens) -> tuple[Tokens, "Tensor"]:
+    """Token ids of a greedy completion by the transformers engine, at most 16, and their logps."""
+    from selfplay.generators.transformers import TransformersEngine
+
+    (result,) = TransformersEngine(settings).run([Request("a", prompt, 0, Sampling(temperature=0.0, max_tokens=16))])
+    return result.token_ids, torch.tensor(result.logps)
 
 
 def weights(model: Path) -> dict[str, "Tensor"]:

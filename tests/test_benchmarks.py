@@ -16,22 +16,69 @@ def ask(code: str) -> str:
     return subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
 
 
-def test_peers_run_in_turn_and_what_time_does_not_allow_is_named() -> None:
+def test_peers_run_in_turn_and_what_time_does_not_allow_is_named_in_one_line() -> None:
     code = (
         "import sys; from measured import interleaved\n"
-        "commands = {name: ['-c', sys.argv[1], name] for name in 'ab'}\n"
+        "commands = {name: ['-c', sys.argv[1], name] for name in 'abc'}\n"
+        "out = []\n"
         "for seconds in (1e9, 0):\n"
-        "    found, left = interleaved(commands, 2, seconds=seconds)\n"
-        "    out = globals().setdefault('out', []); out.append([{k: len(v) for k, v in found.items()}, left])\n"
+        "    found, left = interleaved(commands, 3, seconds=seconds, extra='c')\n"
+        "    out.append([{k: len(v) for k, v in found.items()}, left])\n"
         "print(out)"
     )
-    left = ["run 1 of b", "run 2 of a", "run 2 of b"]
-    assert ask(code) == str([[{"a": 2, "b": 2}, []], [{"a": 1}, left]])
+    left = ["runs 2 and 3 of a and b; runs 1, 2 and 3 of c (no time)"]
+    assert ask(code) == str([[{"a": 3, "b": 3, "c": 3}, []], [{"a": 1, "b": 1}, left]])
 
 
-def test_every_benchmark_has_its_share_of_half_an_hour() -> None:
-    code = "from bench import IDS, SECONDS; print(set(IDS) == set(SECONDS), sum(SECONDS.values()) < 1700)"
-    assert ask(code) == "True True"
+def test_what_a_headline_needs_is_repeated_first_and_an_extra_peer_counts_as_the_longest() -> None:
+    code = (
+        "import measured\n"
+        "now, asked = [0.0], []\n"
+        "measured.time.monotonic = lambda: now[0]\n"
+        "def once(name, command, *, device):\n"
+        "    asked.append(name); now[0] += 10.0 if name == 'a' else 1.0\n"
+        "    return {'seconds': 1.0}\n"
+        "measured.once = once\n"
+        "left = [measured.interleaved({'a': [], 'b': [], 'c': []}, 2, seconds=s, extra='c')[1] for s in (23.0, 20.0)]\n"
+        "print(''.join(asked), left)"
+    )
+    # 23 seconds: a, b and c take 12, so a and b fit once more, and c does not; of 20 c might take 10 from 11 on
+    left = [["run 2 of c (no time)"], ["run 2 of a; runs 1 and 2 of c (no time)"]]
+    assert ask(code) == f"abcababb {left}"
+
+
+def test_the_seconds_of_the_set_are_below_half_an_hour_with_what_is_around_them() -> None:
+    code = (
+        "from bench import IDS, SECONDS, shares, the_set; from training import HEADLINE, OTHERS, SAME_WORK\n"
+        "from peers import PEERS; from work import make_work\n"
+        "ids = the_set(full=False, is_random=False)\n"
+        "print(set(IDS) == set(SECONDS), set(IDS) - set(ids), 26 * 60 < sum(shares(ids).values()) <= 27 * 60,\n"
+        "      shares(['memory']) == {'memory': SECONDS['memory']}, shares(ids)['memory'] == 0,\n"
+        "      all(name in PEERS for names in OTHERS.values() for name in (*HEADLINE, *names)),\n"
+        "      all(make_work(id) == make_work(same) for id, same in SAME_WORK.items()))"
+    )
+    assert ask(code) == "True {'memory-double'} True True True True True"
+
+
+def test_memory_is_read_off_the_runs_of_train_pair_where_they_are_known() -> None:
+    code = (
+        "import measured, peers, training\n"
+        "from flops import Size\n"
+        "asked = []\n"
+        "def once(name, command, *, device):\n"
+        "    asked.append(name)\n"
+        "    return {'seconds': 2.0, 'peak_bytes': 8 if name == 'selfplay' else 12}\n"
+        "measured.once = once\n"
+        "training.gradient_check = lambda id, setup: 0.0\n"
+        "training.model_size = lambda setup: Size(100, 10)\n"
+        "def run(id, before=()): return training.measure(id, 1, 1e9, budget=1e9, full=False, before=before)\n"
+        "pair = run('train-pair'); of_pair = len(asked)\n"
+        "known = run('memory', [pair]); again = len(asked)\n"
+        "alone = run('memory')\n"
+        "print(of_pair, again, asked[again:], [(r['ratio_tuned'], r['measures'], r['counts']) for r in (pair, known, alone)])"
+    )
+    rows = [(1.0, "seconds", True), (1.5, "peak_bytes", True), (1.5, "peak_bytes", True)]
+    assert ask(code) == f"5 5 ['selfplay', 'trl tuned', 'trl default'] {rows}"
 
 
 def test_a_peer_that_can_not_run_is_asked_once_and_named_with_the_reason() -> None:
@@ -92,7 +139,7 @@ def test_the_round_benchmark_pairs_as_selfplay_does() -> None:
 def test_a_scale_is_flat_and_linear_or_says_that_it_is_not() -> None:
     code = (
         "from wholes import scaled\n"
-        "def row(seconds, mib): return [{'seconds': seconds, 'peak_bytes': mib * 2**20}]\n"
+        "def row(seconds, mib): return [{'cpu_seconds': seconds, 'peak_bytes': mib * 2**20}]\n"
         "good = scaled({'100 prompts': row(50.0, 120), '10 prompts': row(5.0, 100)})\n"
         "bad = scaled({'10 prompts': row(5.0, 100), '100 prompts': row(60.0, 200)})\n"
         "print([(r['is_flat'], r['is_linear'], r['ratios']) for r in (good, bad)])"
@@ -105,7 +152,7 @@ def test_every_result_has_the_same_keys_and_a_peer_that_was_left_out_has_no_rati
         "import io, bench, measured, tables, training, wholes\n"
         "from flops import Size\n"
         "from rich.console import Console\n"
-        "row = {'seconds': 2.0, 'peak_bytes': 8, 'tokens': 4, 'stages': {'train': 1.0, 'sample': 0.5}}\n"
+        "row = {'seconds': 2.0, 'cpu_seconds': 2.0, 'peak_bytes': 8, 'tokens': 4, 'stages': {'train': 1.0, 'sample': 0.5}}\n"
         "row['work'] = [{'least_flops': 1.0, 'padded_flops': 2.0}]\n"
         "absent = set()\n"
         "def once(name, command, *, device): return {'left_out': 'not installed'} if name in absent else dict(row)\n"
@@ -129,11 +176,13 @@ def test_every_result_has_the_same_keys_and_a_peer_that_was_left_out_has_no_rati
         "    tables.print_left_out(results, console)\n"
         "results = [*whole, *short, *without]\n"
         "shown = text.getvalue()\n"
-        "print(all(kept <= set(r) for r in results), [r['ratio_tuned'] for r in results], whole[2]['bound'],\n"
+        "print(all(kept <= set(r) for r in results), [r['ratio_tuned'] for r in results],\n"
+        "      [r['ratio_default'] for r in results], whole[2]['bound'],\n"
         "      'left out: selfplay: not installed' in shown, 'Traceback' in shown)"
     )
-    ratios = [1.0, 1.0, 1.0, None, *[None] * 8]
-    assert ask(code) == f"True {ratios} {2.0 / 1.5} True False"
+    ratios = [1.0, 1.0, 1.0, None, 1.0, 1.0, 1.0, None, *[None] * 4]  # what a headline needs is run without time too
+    others = [1.0, None, 1.0, None, *[None] * 8]
+    assert ask(code) == f"True {ratios} {others} {2.0 / 1.5} True False"
 
 
 @pytest.mark.slow

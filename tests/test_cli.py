@@ -126,18 +126,18 @@ def test_status_tells_how_many_of_a_rounds_prompts_are_sampled_and_judged(
     for name in ("round.json", "eval.json", "pairs.jsonl", "drops.jsonl"):
         (second / name).unlink()
     shutil.rmtree(second / "policy")
-    monkeypatch.setattr("selfplay.metrics.SHARD_PROMPTS", 5)
-    ok("status", copy)
-    assert "round 1: not finished, judging 5 of 8 prompts so far" in capsys.readouterr().out
+
+    def said(shard_prompts: int) -> str:
+        monkeypatch.setattr("selfplay.metrics.SHARD_PROMPTS", shard_prompts)
+        ok("status", copy)
+        return capsys.readouterr().out
+
+    assert "round 1: not finished, judging 5 of 8 prompts so far" in said(5)
     shutil.rmtree(second / "judgements")
-    ok("status", copy)
-    assert "round 1: not finished, sampling 5 of 8 prompts so far" in capsys.readouterr().out
-    monkeypatch.setattr("selfplay.metrics.SHARD_PROMPTS", 8)
-    ok("status", copy)
-    assert "round 1: not finished, sampled 8 of 8 prompts so far" in capsys.readouterr().out
+    assert "round 1: not finished, sampling 5 of 8 prompts so far" in said(5)
+    assert "round 1: not finished, sampled 8 of 8 prompts so far" in said(8)
     shutil.rmtree(second / "groups")
-    ok("status", copy)
-    assert "round 1: not finished, started so far" in capsys.readouterr().out
+    assert "round 1: not finished, started so far" in said(8)
 
 
 def test_show_prints_completions_scores_and_pairs(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

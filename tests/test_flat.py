@@ -1,14 +1,16 @@
 """What a run holds does not grow with its prompts by more than some bytes of each."""
 
+import contextlib
 import gc
 import json
 import tracemalloc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from jobs import job_of, pair_of
+from scripted_run import write_recipe
 
 from selfplay import store
 from selfplay.accounting import source_figures
@@ -16,12 +18,17 @@ from selfplay.canaries import make_canaries
 from selfplay.chat import Chat
 from selfplay.judges.coin import Coin
 from selfplay.judges.combine import Combine, Combined, Member
+from selfplay.judges.contract import check_unparsed
 from selfplay.pairing import Pairing, make_pairs
 from selfplay.pairs import BestVsWorst
+from selfplay.progress import Advance, Reporter
 from selfplay.prompts import load_pool
 from selfplay.protocols import FilterContext, JudgeContext
+from selfplay.recipe_file import load_recipe
 from selfplay.recipe_prompts import PromptsRecipe
-from selfplay.records import Records
+from selfplay.records import Lazy, Records
+from selfplay.single import generate, judge
+from selfplay.single_pairs import PairInputs, pairs
 from selfplay.stages import write_prompts
 from selfplay.train.rows import read_rows
 from selfplay.train.steps import Plan
@@ -37,15 +44,25 @@ BYTES = 200  # numbers about a prompt, several of them at a time; a prompt alone
 def bytes_per_prompt(prepare: Callable[[int], Callable[[], object]]) -> float:
     """How much the peak of the work that is prepared for a number of prompts grows with them."""
     peaks = []
-    for count in (SMALL, SMALL, LARGE):  # first what is imported and cached once
+    for count in (LARGE, SMALL, LARGE):  # first what is imported and cached once, short texts by pydantic among it
         work = prepare(count)
         gc.collect()
+        gc.freeze()  # what lives already need not be looked at by `Tidy`
         tracemalloc.start()
         held = work()
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
+        gc.unfreeze()
         del held
     return (peaks[2] - peaks[1]) / (LARGE - SMALL)
+
+
+class Tidy(Reporter):
+    """Empties Python's free lists while a stage works: tuples in them, of which there are thousands, count as held."""
+
+    @contextlib.contextmanager
+    def stage(self, name: str, total: int, unit: str, *, done: int = 0) -> Iterator[Advance]:
+        yield lambda done: gc.collect()
 
 
 def test_prompts_are_read_drawn_and_written_without_holding_them(tmp_path: Path) -> None:
@@ -97,6 +114,55 @@ def test_pairs_are_made_and_counted_without_holding_them(tmp_path: Path) -> None
             assert found == make_pairs({"": one}, folder)  # read back
             assert len(found[""].pairs) == found[""].num_prompts == count
             return found, source_figures("", groups, judgements, found[""], round=0)
+
+        return work
+
+    assert bytes_per_prompt(prepare) < BYTES
+
+
+class ManyScores(Lazy[Judgement]):
+    """Judgements of 32 completions each, made when they are asked for."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def _item(self, place: int) -> Judgement:
+        return Judgement(f"{place}", tuple(place + k / 32 for k in range(32)))
+
+
+def test_completions_without_a_verdict_are_counted_without_holding_the_scores() -> None:
+    def prepare(count: int) -> Callable[[], object]:
+        return lambda: check_unparsed(ManyScores(count), 0.0, judge_identity="j")
+
+    assert bytes_per_prompt(prepare) < BYTES
+
+
+@pytest.mark.parametrize("stage", ["generate", "judge", "pairs"])
+def test_a_stage_alone_holds_no_more_than_in_a_run(
+    stage: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("selfplay.stages.SHARD_PROMPTS", SHARD)
+
+    def prepare(count: int) -> Callable[[], object]:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        groups, judgements, out = folder / "Group", folder / "Judgement", folder / "out"
+        judged(folder, count)
+        (folder / "many.jsonl").write_text(
+            "".join(json.dumps({"prompt": f"Tell me of {n}."}) + "\n" for n in range(count))
+        )
+        recipe = load_recipe(write_recipe(folder, tiny, prompts={"source": "many.jsonl", "num_prompts": count}))
+
+        def work() -> object:
+            if stage == "generate":
+                return generate(recipe, str(tiny), out, round=0, report=Tidy())
+            if stage == "judge":
+                return judge(recipe, groups, out, model=None, round=0, allow_code=False, report=Tidy())
+            counts = pairs(recipe, PairInputs(groups, judgements), out, allow_code=False)
+            assert counts[""]["num_pairs"] == count
+            return counts
 
         return work
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from jobs import job_of, random_pairs, steps
+from jobs import greedy, job_of, logps_of, random_pairs, steps
 from scripted_run import write_recipe
 from tiny import make_tiny_model
 
@@ -16,8 +16,7 @@ from selfplay import store
 from selfplay.adapters import base_folder, check_lora, four_bit_source
 from selfplay.cli import main
 from selfplay.errors import DataError, RecipeError
-from selfplay.generators.engine import EngineSettings, Request
-from selfplay.generators.transformers import TransformersEngine
+from selfplay.generators.engine import EngineSettings
 from selfplay.plan import make_plan, num_parameters
 from selfplay.recipe_file import load_recipe
 from selfplay.recipe_train import LoraRecipe, TrainRecipe
@@ -28,7 +27,6 @@ from selfplay.train.model import load_model
 from selfplay.train.optim import cast_parameters
 from selfplay.train.pack import build_packs
 from selfplay.train.settings import require_packages
-from selfplay.types import Sampling
 
 if importlib.util.find_spec("bitsandbytes") is None:
     pytest.skip("bitsandbytes is not installed on this system", allow_module_level=True)
@@ -57,9 +55,7 @@ def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def logps(model: Any) -> torch.Tensor:
-    (pack,) = build_packs(PAIRS, range(len(PAIRS)), max_pack_tokens=4096, shared=True)
-    with torch.no_grad():
-        return TokenLogps(model)(pack)
+    return logps_of(model, PAIRS)
 
 
 def quantized(model: Any) -> list[Any]:
@@ -137,9 +133,7 @@ def test_the_gradient_is_that_of_the_same_adapter_on_the_values_of_the_4_bits(ba
 def test_the_engine_samples_from_the_policy_that_was_trained(base: Path, adapter: Path) -> None:
     common = {"kind": "transformers", "dtype": "float32", "stop_token_ids": (1,)}
     served = EngineSettings(model=str(base_folder(adapter)), adapter=str(adapter), adapter_rank=4, **common)  # type: ignore[arg-type]
-    sampling = Sampling(temperature=0.0, max_tokens=16)
-    (result,) = TransformersEngine(served).run([Request("a", PAIRS[0].prompt_token_ids, 0, sampling)])
-    ids, engine_logps = result.token_ids, torch.tensor(result.logps)
+    ids, engine_logps = greedy(served, PAIRS[0].prompt_token_ids)
     trainer = load_model(str(adapter), load_in_4bit=True)
     assert quantized(trainer)
     prompt = PAIRS[0].prompt_token_ids

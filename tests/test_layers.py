@@ -64,6 +64,8 @@ ORDER = (
     "run",
     "rounds",
     "single",
+    "single_pairs",
+    "single_evaluate",
     "calibrate",
     "single_train",
     "train_reward",

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from jobs import job_of, random_pairs, steps
+from jobs import greedy, job_of, logps_of, random_pairs, steps
 from scripted_run import write_recipe
 from tiny import make_tiny_model
 
@@ -13,8 +13,7 @@ from selfplay import store
 from selfplay.adapters import adapter_rank, base_folder, check_lora, is_adapter, served_rank
 from selfplay.cli import main
 from selfplay.errors import DataError, RecipeError
-from selfplay.generators.engine import EngineSettings, Request
-from selfplay.generators.transformers import TransformersEngine
+from selfplay.generators.engine import EngineSettings
 from selfplay.plan import num_parameters, num_trained
 from selfplay.recipe_train import LoraRecipe, TrainRecipe
 from selfplay.train.logps import TokenLogps
@@ -22,7 +21,7 @@ from selfplay.train.loop import run_training
 from selfplay.train.model import load_model
 from selfplay.train.pack import build_packs
 from selfplay.train.settings import require_packages
-from selfplay.types import PreferencePair, Sampling
+from selfplay.types import PreferencePair
 
 LORA = {"r": 4, "lora_alpha": 8}
 PAIRS = random_pairs(num_prompts=4, num_completions=2, prompt_length=20, length=12)
@@ -43,17 +42,7 @@ def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def logps(model: Path, pairs: list[PreferencePair] = PAIRS) -> torch.Tensor:
     """Per-token logps of all completions in one pack, fp32."""
-    (pack,) = build_packs(pairs, range(len(pairs)), max_pack_tokens=4096, shared=True)
-    with torch.no_grad():
-        return TokenLogps(load_model(str(model)))(pack)
-
-
-def greedy(settings: EngineSettings) -> tuple[tuple[int, ...], torch.Tensor]:
-    """Token ids of a greedy completion, and their logps."""
-    engine = TransformersEngine(settings)
-    sampling = Sampling(temperature=0.0, max_tokens=16)
-    (result,) = engine.run([Request("a", PAIRS[0].prompt_token_ids, 0, sampling)])
-    return result.token_ids, torch.tensor(result.logps)
+    return logps_of(load_model(str(model)), pairs)
 
 
 def test_training_changes_the_adapter_and_nothing_else(base: Path, adapter: Path, tmp_path: Path) -> None:
@@ -152,7 +141,9 @@ def test_the_generator_samples_from_the_adapter_and_the_merged_model_is_the_same
     served = EngineSettings(model=str(base), adapter=str(adapter), adapter_rank=4, **common)  # type: ignore[arg-type]
     whole = EngineSettings(model=str(merged), **common)  # type: ignore[arg-type]
     bare = EngineSettings(model=str(base), **common)  # type: ignore[arg-type]
-    (served_ids, served_logps), (whole_ids, whole_logps), (_, bare_logps) = map(greedy, (served, whole, bare))
+    (served_ids, served_logps), (whole_ids, whole_logps), (_, bare_logps) = (
+        greedy(one, PAIRS[0].prompt_token_ids) for one in (served, whole, bare)
+    )
     assert served_ids == whole_ids
     torch.testing.assert_close(served_logps, whole_logps, rtol=1e-4, atol=1e-5)
     assert (served_logps - bare_logps).abs().max() > 1e-2

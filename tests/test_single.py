@@ -329,14 +329,22 @@ def test_groups_sampled_without_gold_answers_are_no_food_for_a_pairing_with_them
     assert "gold: False -> True" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("change", ["generator.dtype=float16", "generator.engine_args={enforce_eager: true}"])
-def test_half_done_sampling_does_not_go_on_with_another_engine(
-    recipe: Path, tiny: Path, tmp_path: Path, change: str, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("command", "change", "named"),
+    [
+        ("generate", "generator.dtype=float16", "generator"),
+        ("generate", "generator.engine_args={enforce_eager: true}", "generator"),
+        ("evaluate", "evaluate.greedy=false", "greedy"),
+        ("evaluate", "evaluate.kl=false", "kl"),
+    ],
+)
+def test_half_done_work_does_not_go_on_with_another_engine_or_as_another_panel(
+    command: str, change: str, named: str, recipe: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    generate = ["generate", str(recipe), "--model", str(tiny), "--out", str(tmp_path / "groups")]
-    assert main(generate) == 0
-    assert main([*generate, "--set", change]) == 64
-    assert "generator" in capsys.readouterr().err
+    begun = [command, str(recipe), "--model", str(tiny), "--out", str(tmp_path / "out")]
+    assert main(begun) == 0
+    assert main([*begun, "--set", change]) == 64
+    assert named in capsys.readouterr().err
 
 
 def test_half_done_judging_by_a_model_does_not_go_on_with_another_engine_or_chat(
@@ -350,16 +358,6 @@ def test_half_done_judging_by_a_model_does_not_go_on_with_another_engine_or_chat
     for change in ("generator.dtype=bfloat16", f"chat.chat_template={tmp_path / 'template.jinja'}"):
         assert main([*judge, "--set", change]) == 64
         assert f"{change.partition('.')[0]}: " in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("change", ["evaluate.greedy=false", "evaluate.kl=false"])
-def test_a_panel_with_other_figures_is_not_the_one_that_is_there(
-    recipe: Path, tiny: Path, tmp_path: Path, change: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    evaluate = ["evaluate", str(recipe), "--model", str(tiny), "--out", str(tmp_path / "panel")]
-    assert main(evaluate) == 0
-    assert main([*evaluate, "--set", change]) == 64
-    assert change.split("=")[0].split(".")[1] in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("change", ["prompts.turns=last", "prompts.gold_column=other"])

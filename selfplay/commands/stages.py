@@ -8,7 +8,6 @@ selfplay evaluate RECIPE --model w/policy --out w/panel
 """
 
 from collections import Counter
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -39,9 +38,9 @@ def generate_command(
     from selfplay.single import generate
 
     groups = generate(loaded, model, out, round=round, report=Reporter())
-    completions = [c for group in groups for c in group.completions]
-    cut = sum(c.finish_reason == "length" for c in completions)
-    typer.echo(f"{out}: {len(groups)} prompts, {len(completions)} completions, {cut} cut at max_tokens")
+    num_prompts = sum(map(len, groups.values()))
+    ends = Counter(c.finish_reason for own in groups.values() for group in own for c in group.completions)
+    typer.echo(f"{out}: {num_prompts} prompts, {ends.total()} completions, {ends['length']} cut at max_tokens")
 
 
 def judge_command(
@@ -58,10 +57,15 @@ def judge_command(
     from selfplay.single import judge
 
     found = judge(loaded, groups, out, model=model, round=round, allow_code=allow_code, report=Reporter())
-    scores = [score for judgement in found for score in judgement.scores]
-    known = [score for score in scores if score is not None]
-    mean = number(sum(known) / len(known) if known else None)
-    typer.echo(f"{out}: {len(scores)} completions, mean score {mean}, {len(scores) - len(known)} without a verdict")
+    num_scores = num_missing = 0
+    total = 0.0
+    for judgement in (judgement for judgements in found for judgement in judgements):
+        known = [score for score in judgement.scores if score is not None]
+        num_scores += len(known)
+        num_missing += len(judgement.scores) - len(known)
+        total += sum(known)
+    mean = number(total / num_scores if num_scores else None)
+    typer.echo(f"{out}: {num_scores + num_missing} completions, mean score {mean}, {num_missing} without a verdict")
 
 
 def pairs_command(
@@ -79,16 +83,15 @@ def pairs_command(
 ) -> None:
     """Make preference pairs of judged completions."""
     loaded = load_recipe(recipe, overrides or ())
-    from selfplay.single import PairInputs, pairs
+    from selfplay.single_pairs import PairInputs, pairs
 
     inputs = PairInputs(groups, judgements, previous or (), round)
-    for name, selection in pairs(loaded, inputs, out, allow_code=allow_code).items():
-        dropped = Counter(drop.reason for drop in selection.drops)
-        typer.echo(f"{out}: {len(selection.pairs)} pairs{name and f' of {name}'}")
-        for count in selection.filters:
-            typer.echo(f"filter {filter_line(asdict(count))}")
-        typer.echo(f"prompts without a pair: {reasons(dropped)}")
-        typer.echo(f"completions not used: {reasons(selection.unusable)}")
+    for name, counts in pairs(loaded, inputs, out, allow_code=allow_code).items():
+        typer.echo(f"{out}: {counts['num_pairs']} pairs{name and f' of {name}'}")
+        for count in counts["filters"]:
+            typer.echo(f"filter {filter_line(count)}")
+        typer.echo(f"prompts without a pair: {reasons(counts['num_prompts_without_pair'])}")
+        typer.echo(f"completions not used: {reasons(counts['num_unusable_completions'])}")
 
 
 def train_command(
@@ -136,7 +139,7 @@ def evaluate_command(
 ) -> None:
     """Play the held-out panel of a model."""
     loaded = load_recipe(recipe, overrides or ())
-    from selfplay.single import evaluate
+    from selfplay.single_evaluate import evaluate
 
     figures = evaluate(loaded, model, out, allow_code=allow_code, report=Reporter())
     print_policy(Path(model).name, figures, make_console(), temperature=loaded.evaluate.temperature)

@@ -159,8 +159,11 @@ def judge_checked(judge: Judge, groups: Sequence[Group], context: JudgeContext) 
 
 def unparsed_share(judgements: Sequence[Judgement]) -> float:
     """The share of completions without a verdict, in [0, 1]; 0 where there is nothing to judge."""
-    scores = [score for judgement in judgements for score in judgement.scores]
-    return sum(score is None for score in scores) / len(scores) if scores else 0.0
+    num_asked = num_unparsed = 0
+    for judgement in judgements:  # one at a time: there may be too many to hold their scores
+        num_asked += len(judgement.scores)
+        num_unparsed += sum(score is None for score in judgement.scores)
+    return num_unparsed / num_asked if num_asked else 0.0
 
 
 def check_unparsed(judgements: Sequence[Judgement], max_unparsed: float, *, judge_identity: str = "") -> None:

@@ -11,31 +11,32 @@ or that runs out of memory, is named as left out. Results go to .bench/ID.json, 
 import argparse
 import json
 import os
+import time
+from collections.abc import Sequence
 
 import torch
 from machine import MODEL, OUT, SIZES, TRAINED, Setup, make_setup
 from measured import Result
 from rich.console import Console
 from tables import print_left_out, print_others, print_training
-from training import MEMORY, TRAINING, gemm_rate, measure
+from training import MEMORY, SAME_WORK, TRAINING, gemm_rate, measure
 from wholes import ENGINES, measure_engines, measure_round, measure_scale
 
-IDS = (*TRAINING, *MEMORY, *ENGINES, "round", "scale")
-# Seconds of each on two cores after which no further peer is started: with the gradient checks, and the peers that are
-# running then, all end within half an hour. What the goals are about comes first, and TRL with its defaults on long prompts and
-# groups is left to --full.
+IDS = (*TRAINING, *MEMORY, *ENGINES, "scale", "round")
+# Seconds of each on two cores, its gradient check included, after which nothing is started but what a headline needs, once.
+# Those of the set are 27 minutes: `memory` is read off the runs of train-pair, and memory-double is left to --full.
 SECONDS = {
-    "train-pair": 240,
-    "train-long-prompt": 90,
-    "train-group-m3": 90,
-    "train-group-m6": 150,
-    "memory": 90,
-    "memory-double": 100,
-    "generate": 120,
-    "hand-off": 40,
-    "judge": 90,
-    "round": 300,
-    "scale": 100,
+    "train-pair": 290,
+    "train-long-prompt": 165,
+    "train-group-m3": 140,
+    "train-group-m6": 210,
+    "memory": 155,
+    "memory-double": 200,
+    "generate": 130,
+    "hand-off": 35,
+    "judge": 130,
+    "scale": 195,
+    "round": 320,
 }
 
 
@@ -47,10 +48,14 @@ def main() -> None:
     where = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
     where = torch.cuda.get_device_name() if chosen.device == "cuda" else where
     print(f"{where}, bf16 GEMM {rate / 1e9:.0f} GFLOP/s", flush=True)
-    results = []
-    # the prompts of `scale` cost the same whatever model there is
-    for id in chosen.ids or [id for id in IDS if not (setup.is_random and id == "scale")]:
-        result = measured(id, chosen.runs, rate, setup, full=chosen.full)
+    full = chosen.full or chosen.device == "cuda"  # a GPU is given all the time that it takes
+    ids = sorted(chosen.ids or the_set(full=full, is_random=setup.is_random), key=IDS.index)
+    results: list[Result] = []
+    late = 0.0  # what those before have taken beyond their seconds
+    for id, share in shares(ids).items():
+        started = time.monotonic()
+        result = measured(id, chosen.runs, rate, setup, full=full, budget=share - late, before=results)
+        late = max(0.0, late + time.monotonic() - started - share)
         name = f"{id}-{chosen.size}" if setup.is_random else id
         (OUT / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
         results.append(result)
@@ -59,11 +64,14 @@ def main() -> None:
     print_training([r for r in results if r["id"] in trainers], console)
     print_others([r for r in results if r["id"] not in trainers], console)
     print_left_out(results, console)
+    if not chosen.ids:
+        for id in (id for id in IDS if id not in ids):
+            console.print(f"{id}: left out: runs where it is named", markup=False)
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("ids", nargs="*", metavar="ID", help=f"of {', '.join(IDS)}; none: all")
+    parser.add_argument("ids", nargs="*", metavar="ID", help=f"of {', '.join(IDS)}; none: half an hour of them")
     parser.add_argument("--runs", type=int, default=3, help="runs of each peer (default 3)")
     parser.add_argument("--full", action="store_true", help="all runs and sizes, however long they take")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -78,16 +86,30 @@ def _arguments() -> argparse.Namespace:
     return chosen
 
 
-def measured(id: str, runs: int, rate: float, setup: Setup, *, full: bool) -> Result:
-    """The result of one benchmark. A GPU is given all the time that it takes."""
-    budget = float("inf") if full or setup.device == "cuda" else SECONDS[id]
+def the_set(*, full: bool, is_random: bool) -> list[str]:
+    """The benchmarks where none is named. The prompts of `scale` cost the same whatever model there is."""
+    left = {"scale"} if is_random else set()
+    left |= set() if full else {"memory-double"}
+    return [id for id in IDS if id not in left]
+
+
+def shares(ids: Sequence[str]) -> dict[str, float]:
+    """Seconds of each; none of one that is read off the runs of another."""
+    return {id: 0.0 if SAME_WORK.get(id) in ids else SECONDS[id] for id in ids}
+
+
+def measured(
+    id: str, runs: int, rate: float, setup: Setup, *, full: bool, budget: float, before: Sequence[Result]
+) -> Result:
+    """The result of one benchmark; `before` has those of the others."""
+    budget = float("inf") if full else budget
     if id in ENGINES:
         return measure_engines(id, runs, budget=budget, setup=setup)
     if id == "round":
         return measure_round(runs, rate, budget=budget, setup=setup)
     if id == "scale":
         return measure_scale(runs, budget=budget, full=full)
-    return measure(id, runs, rate, budget=budget, setup=setup)
+    return measure(id, runs, rate, budget=budget, full=full, setup=setup, before=before)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,36 +19,60 @@ Result = dict[str, Any]
 
 
 def interleaved(
-    commands: Mapping[str, Sequence[str]], runs: int, *, seconds: float, device: str = "cpu"
+    commands: Mapping[str, Sequence[str]],
+    runs: int,
+    *,
+    seconds: float,
+    device: str = "cpu",
+    extra: Collection[str] = (),
 ) -> tuple[dict[str, list[Result]], list[str]]:
-    """(what each peer's program printed, `runs` times: A B A B; what was left out). Nothing is started once `seconds` have
-    passed, nor a repetition that would end after them; the first peer runs in any case. A program that prints `left_out`
-    and why, for it can't run here, is not asked again.
+    """(what each peer's program printed, `runs` times: A B A B; what was left out). All but the `extra` peers are run once
+    whatever the time, and repeated before the extra ones are. Nothing else is started that would end after `seconds`; a peer
+    that has not run yet is taken to need as long as the longest that has. A program that prints `left_out` and why, for it
+    can't run here, is not asked again.
     """
     found: dict[str, list[Result]] = {}
     took: dict[str, float] = {}
-    left_out = []
+    left_out: list[str] = []
+    missed: dict[str, list[int]] = {}
     unable: set[str] = set()
     begun = time.monotonic()
-    for run in range(runs):
-        for name, command in commands.items():
-            started = time.monotonic()
-            if name in unable:
-                continue
-            if found and started - begun + took.get(name, 0.0) > seconds:
-                left_out.append(f"run {run + 1} of {name}")
-                print(f"  {left_out[-1]} left out: the {seconds:.0f} s of this benchmark are used up", flush=True)
-                continue
-            printed = once(name, command, device=device)
-            if "left_out" in printed:
-                unable.add(name)
-                left_out.append(f"{name}: {printed['left_out']}")
-                print(f"  left out: {left_out[-1]}", flush=True)
-                continue
-            found.setdefault(name, []).append(printed)
-            took[name] = time.monotonic() - started
-            print(f"  run {run + 1}, {name}: {printed['seconds']:.1f} s", flush=True)
+    turns = [(run, name) for run in range(1, runs + 1) for name in commands]
+    for run, name in sorted(turns, key=lambda turn: turn[0] > 1 and turn[1] in extra):  # else in their order
+        if name in unable:
+            continue
+        started = time.monotonic()
+        needs = took.get(name, max(took.values(), default=0.0))
+        if (run > 1 or name in extra) and started - begun + needs > seconds:
+            missed.setdefault(name, []).append(run)
+            continue
+        printed = once(name, commands[name], device=device)
+        if "left_out" in printed:
+            unable.add(name)
+            left_out.append(f"{name}: {printed['left_out']}")
+            print(f"  left out: {left_out[-1]}", flush=True)
+            continue
+        found.setdefault(name, []).append(printed)
+        took[name] = time.monotonic() - started
+        print(f"  run {run}, {name}: {printed['seconds']:.1f} s", flush=True)
+    if missed:
+        left_out.append(_missed(missed, [name for name in commands if name not in unable]))
+        print(f"  left out: {left_out[-1]}", flush=True)
     return found, left_out
+
+
+def _missed(missed: Mapping[str, Sequence[int]], names: Sequence[str]) -> str:
+    """One line for the runs that there was no time for."""
+    by_runs: dict[tuple[int, ...], list[str]] = {}
+    for name in names:
+        if name in missed:
+            by_runs.setdefault(tuple(missed[name]), []).append(name)
+    found = []
+    for runs, whose in by_runs.items():
+        *first, last = map(str, runs)
+        said = f"runs {', '.join(first)} and {last}" if first else f"run {last}"
+        found.append(said if len(whose) == len(names) else f"{said} of {' and '.join(whose)}")
+    return f"{'; '.join(found)} (no time)"
 
 
 def once(name: str, command: Sequence[str], *, device: str = "cpu") -> Result:

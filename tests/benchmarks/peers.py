@@ -85,9 +85,9 @@ PEERS: dict[str, Timed] = {
 
 
 def peers_on(device: str) -> tuple[str, ...]:
-    """The peers that are run: what matters most first, for the last ones are left out where time runs short."""
+    """The peers that are run, those that take long last: which of them time allows is judged by those before."""
     tuned = (TUNED,) if device == "cpu" else (f"{TUNED}, batch 4", f"{TUNED}, batch 16")
-    return ("selfplay", *tuned, "selfplay, engine logps", "trl default", "naive")
+    return ("selfplay", "selfplay, engine logps", *tuned, "trl default", "naive")
 
 
 def needs(peer: str, setup: Setup) -> tuple[str, ...]:

@@ -4,11 +4,13 @@
 
 Prompts, sampling by the scripted generator (4 completions), judging by rules, pairing and one training step of a model of
 100,000 weights with a loss that needs no reference: what grows with the number of prompts is selfplay's own. The data set is
-written before and is not counted. Every stage is given with its seconds and the peak of memory up to its end.
+written before and is not counted. Every stage is given with the seconds and the peak of memory up to its end. CPU seconds are
+of this process and its children; those of the whole leave the training out, which at any size costs about the same.
 """
 
 import contextlib
 import json
+import resource
 import sys
 import tempfile
 import time
@@ -27,16 +29,23 @@ sys.path.append(str(ROOT / "tests"))
 WORDS = ("moon", "sky", "sun", "hill", "leaf", "bee")
 
 
+def clocks() -> tuple[float, float]:
+    """Seconds, and CPU seconds of this process and of its children that have ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return time.perf_counter(), sum(one.ru_utime + one.ru_stime for one in used)
+
+
 @dataclass(slots=True)
 class Watched(Reporter):
-    """Notes where time and memory went: [what ended, seconds since the start, peak bytes since the start]."""
+    """Notes where time and memory went: [what ended, seconds, CPU seconds and peak bytes since the start]."""
 
     before: int = 0
-    started: float = field(default_factory=time.perf_counter)
-    seen: list[tuple[str, float, int]] = field(default_factory=list)
+    started: tuple[float, float] = field(default_factory=clocks)
+    seen: list[tuple[str, float, float, int]] = field(default_factory=list)
 
     def mark(self, name: str) -> None:
-        self.seen.append((name, round(time.perf_counter() - self.started, 2), peak() - self.before))
+        seconds, cpu = (round(now - then, 2) for now, then in zip(clocks(), self.started, strict=True))
+        self.seen.append((name, seconds, cpu, peak() - self.before))
 
     def note(self, text: str) -> None:
         self.mark(text.partition(":")[0])
@@ -62,7 +71,11 @@ def main(count: int) -> None:
         watched = Watched(before=resident())
         iterate(loaded, Path(name) / "run", report=watched)
         watched.mark("all")
-    print(json.dumps({"seconds": watched.seen[-1][1], "peak_bytes": watched.seen[-1][2], "stages": watched.seen}))
+    stages = watched.seen
+    _, seconds, cpu, peak_bytes = stages[-1]
+    trained = next(n for n, (name, *_) in enumerate(stages) if name == "train")
+    cpu -= stages[trained][2] - stages[trained - 1][2]
+    print(json.dumps({"seconds": seconds, "cpu_seconds": cpu, "peak_bytes": peak_bytes, "stages": stages}))
 
 
 def write_recipe(folder: Path, count: int) -> Path:

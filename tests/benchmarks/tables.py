@@ -43,6 +43,7 @@ def print_others(results: Sequence[Result], console: Console) -> None:
         "benchmark": lambda row: row[0]["id"],
         "peer": lambda row: row[1],
         "seconds": lambda row: _spread(*row, "seconds"),
+        "CPU seconds": lambda row: _spread(*row, "cpu_seconds") if _measures(row[0], "cpu_seconds") else "-",
         "tokens/s": lambda row: (
             _spread(*row, "tokens_per_second", 0) if _measures(row[0], "tokens_per_second") else "-"
         ),
@@ -56,16 +57,16 @@ def print_others(results: Sequence[Result], console: Console) -> None:
             console.print(f"{result['id']}: {line}", markup=False)
     console.print(
         "median [min, max]; ratio: above 1 where ours is faster, to the last peer of the benchmark (round: theirs / ours; "
-        "scale: seconds per prompt over those of the smallest size)",
+        "scale: CPU seconds per prompt over those of the smallest size)",
         markup=False,
     )
 
 
 def print_left_out(results: Sequence[Result], console: Console) -> None:
-    """What has no figure above, and why. Nothing where all was run."""
+    """What has no figure above, and why, in a line for each benchmark. Nothing where all was run."""
     for result in results:
-        for line in result["left_out"]:
-            console.print(f"{result['id']}: left out: {line}", markup=False)
+        if result["left_out"]:
+            console.print(f"{result['id']}: left out: {'; '.join(result['left_out'])}", markup=False)
 
 
 def _measures(result: Result, key: str) -> bool:

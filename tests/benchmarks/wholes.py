@@ -13,9 +13,9 @@ ENGINES: dict[str, tuple[tuple[str, ...], str]] = {
     "hand-off": (("hand-off",), "seconds"),
     "judge": (("judge", "judge, rubric last"), "seconds"),
 }
-ROUND = ("selfplay", "rival", "spin-shaped")
+ROUND = ("selfplay", "rival", "spin-shaped")  # the headline is of the first two
 SCALE, SCALE_FULL = (10_000, 100_000), (10_000, 100_000, 1_000_000)
-FLAT_BYTES, LINEAR = 50 * 2**20, 0.1  # the goals: memory may grow by this, seconds per prompt by this share
+FLAT_BYTES, LINEAR = 50 * 2**20, 0.1  # the goals: memory may grow by this, CPU seconds per prompt by this share
 # no trainer is compared, so there is no gradient to check and no count of FLOPs
 NOTHING = dict.fromkeys(("ratio_tuned", "ratio_default", "bound", "percent_of_limit", "gradient_check"))
 
@@ -28,7 +28,7 @@ def measure_engines(id: str, runs: int, *, budget: float, setup: Setup | None = 
     # the last peer is the one that ratios are to: it comes second
     order = (names[0], *names[:0:-1])
     commands = {name: [str(HERE / "generation.py"), name, setup.as_argument()] for name in order}
-    found, left_out = interleaved(commands, runs, seconds=budget, device=setup.device)
+    found, left_out = interleaved(commands, runs, seconds=budget, device=setup.device, extra=names[1:-1])
     rows = {name: [r | {"tokens_per_second": r["tokens"] / r["seconds"]} for r in peer] for name, peer in found.items()}
     middle = medians(rows, measured)
     last = middle.get(names[-1])
@@ -53,7 +53,7 @@ def measure_round(runs: int, rate: float, *, budget: float, setup: Setup | None 
     setup = setup or Setup(str(MODEL))
     print("round:", flush=True)
     commands = {name: [str(HERE / "whole_round.py"), name, setup.as_argument()] for name in ROUND}
-    found, left_out = interleaved(commands, runs, seconds=budget, device=setup.device)
+    found, left_out = interleaved(commands, runs, seconds=budget, device=setup.device, extra=ROUND[2:])
     middle = medians(found, "seconds")
     own = middle.get("selfplay")
     ratios = {n: theirs / own for n, theirs in middle.items() if n != "selfplay" and own is not None}
@@ -105,22 +105,24 @@ def measure_scale(runs: int, *, budget: float, full: bool) -> Result:
 
 
 def scaled(found: dict[str, list[Result]]) -> Result:
-    """The figures of runs by size, the smallest first: seconds per prompt over the smallest's, bytes above the smallest's."""
+    """The figures of runs by size, the smallest first: CPU seconds per prompt over the smallest's, bytes above the smallest's.
+    Seconds that pass also tell what else the machine does.
+    """
     counts = {name: int(name.split()[0]) for name in found}
-    seconds, bytes_ = medians(found, "seconds"), medians(found, "peak_bytes")
+    seconds, bytes_ = medians(found, "cpu_seconds"), medians(found, "peak_bytes")
     in_order = sorted(found, key=counts.__getitem__)
     first, larger = in_order[:1], in_order[1:]
     ratios = {n: seconds[n] / counts[n] / (seconds[first[0]] / counts[first[0]]) for n in larger}
     growth = {name: bytes_[name] - bytes_[first[0]] for name in larger}
     notes = [
-        f"{name}: {growth[name] / 2**20:+.0f} MiB ({'flat' if growth[name] <= FLAT_BYTES else 'NOT flat'}), time per prompt "
-        f"{ratios[name] - 1:+.0%} ({'linear' if ratios[name] <= 1 + LINEAR else 'NOT linear'})"
+        f"{name}: {growth[name] / 2**20:+.0f} MiB ({'flat' if growth[name] <= FLAT_BYTES else 'NOT flat'}), CPU seconds per "
+        f"prompt {ratios[name] - 1:+.0%} ({'linear' if ratios[name] <= 1 + LINEAR else 'NOT linear'})"
         for name in larger
     ]
     return {
         **NOTHING,
         "id": "scale",
-        "measures": "seconds",
+        "measures": "cpu_seconds",
         "ratios": ratios,
         "growth_bytes": growth,
         "is_flat": all(value <= FLAT_BYTES for value in growth.values()) if growth else None,
