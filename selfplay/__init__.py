@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         SelfplayError,
         Stopped,
         StorageError,
+        TrainerError,
         UnparsedGateError,
     )
     from selfplay.generators.scripted import ScriptedGenerator
@@ -59,6 +60,7 @@ _HOMES = {
         "SelfplayError",
         "Stopped",
         "StorageError",
+        "TrainerError",
         "UnparsedGateError",
     ),
     "selfplay.generators.scripted": ("ScriptedGenerator",),
@@ -104,6 +106,7 @@ __all__ = [  # noqa: RUF022 - in the order of use
     "JudgeError",
     "GeneratorError",
     "StorageError",
+    "TrainerError",
     "Stopped",
     "GateError",
     "UnparsedGateError",

@@ -47,7 +47,7 @@ def calibrate(
     digest = text_digest([[r.prompt.id, r.prompt.gold, r.prompt.checks, r.chosen, r.rejected] for r in found])
     kept = tempfile.TemporaryDirectory() if out is None else nullcontext(str(out))
     with kept as folder:
-        (judgements,) = judge_here(
+        judged = judge_here(
             recipe,
             {"": groups},
             Path(folder),
@@ -58,7 +58,7 @@ def calibrate(
             report=report,
             trusted=True,
         )
-        return {"num_dropped": len(drops)} | calibration(found, judgements)  # they are read from that folder
+        return {"num_dropped": len(drops)} | calibration(found, judged[""])  # they are read from that folder
 
 
 def _view(recipe: Recipe, source: str | None) -> SourceView:

@@ -143,8 +143,8 @@ def text_digest(value: Any) -> str:
 
 def judge(
     recipe: Recipe, groups: Path, out: Path, *, model: str | None, round: int, allow_code: bool, report: Reporter
-) -> list[Sequence[Judgement]]:
-    """The judge's scores of the groups in a folder, as shards in `out`; of several sources each judge's. `model` is the policy,
+) -> dict[str, Sequence[Judgement]]:
+    """The judge's scores of the groups in a folder, by source, as shards in `out`. `model` is the policy,
     for a judge that is one.
     """
     sources = recipe.by_source
@@ -166,7 +166,7 @@ def judge_here(
     allow_code: bool,
     report: Reporter,
     trusted: bool = False,
-) -> list[Sequence[Judgement]]:
+) -> dict[str, Sequence[Judgement]]:
     """The judges' scores of the groups of each source, as shards in `out`; `inputs` says whose work that folder holds. A reward
     model that isn't shown to beat a coin is refused, unless it is `trusted`.
     """
@@ -197,13 +197,13 @@ def judge_here(
     if not own or model is None:
         with claimed(out, identity, report):
             trust()
-            return judge_each(parts, JudgeContext(round, seed), report)
+            return dict(zip(judges, judge_each(parts, JudgeContext(round, seed), report), strict=True))
     folder = local_model(model)
     chat, engine_seed = load_chat(str(folder), recipe.chat), derive_seed(recipe.seed, round, "engine")
     identity |= {"model": store.weights_digest(folder), "chat": text_digest(chat.template_digest_text)}
     with claimed(out, identity, report), open_generator(recipe.generator, folder, chat, seed=engine_seed) as generator:
         trust()
-        return judge_each(parts, JudgeContext(round, seed, generator), report)
+        return dict(zip(judges, judge_each(parts, JudgeContext(round, seed, generator), report), strict=True))
 
 
 def open_judge(recipe: Recipe, asked: JudgeRecipe, *, allow_code: bool, made: dict[str, Judge] | None = None) -> Judge:

@@ -57,15 +57,17 @@ def judge_command(
     from selfplay.single import judge
 
     found = judge(loaded, groups, out, model=model, round=round, allow_code=allow_code, report=Reporter())
-    num_scores = num_missing = 0
-    total = 0.0
-    for judgement in (judgement for judgements in found for judgement in judgements):
-        known = [score for score in judgement.scores if score is not None]
-        num_scores += len(known)
-        num_missing += len(judgement.scores) - len(known)
-        total += sum(known)
-    mean = number(total / num_scores if num_scores else None)
-    typer.echo(f"{out}: {num_scores + num_missing} completions, mean score {mean}, {num_missing} without a verdict")
+    for source, judgements in found.items():  # scores of two judges have no mean
+        num_scores = num_missing = 0
+        total = 0.0
+        for judgement in judgements:
+            known = [score for score in judgement.scores if score is not None]
+            num_scores += len(known)
+            num_missing += len(judgement.scores) - len(known)
+            total += sum(known)
+        mean = number(total / num_scores if num_scores else None)
+        told = f"{num_scores + num_missing} completions, mean score {mean}, {num_missing} without a verdict"
+        typer.echo(f"{out / source}: {told}")
 
 
 def pairs_command(

@@ -35,7 +35,7 @@ def judged_groups(lab: Lab, part: str, num_completions: int) -> list[tuple[Group
     groups = single.generate(recipe, lab.model, folder / "groups", round=0, report=lab.report)
     inputs = folder / "groups", folder / "judgements"
     judgements = single.judge(recipe, *inputs, model=None, round=0, allow_code=False, report=lab.report)
-    return list(zip(groups, judgements, strict=True))
+    return list(zip(groups[""], judgements[""], strict=True))
 
 
 def sorted_out(group: Group, judgement: Judgement) -> tuple[list[Completion], list[Completion]]:

@@ -33,7 +33,7 @@ def matched_temperature(lab: Lab, seed: int) -> dict[str, float]:
 
 def offline_pairs(lab: Lab, seed: int, values: Values) -> Path:
     """The pairs of one big round of the untrained model, drawn once a seed: pairs.jsonl, with groups/ beside it."""
-    from selfplay import single
+    from selfplay import single, single_pairs
 
     # only what the pairs depend on: betas, rates and losses share them
     drawn = {key: value for key, value in values.items() if not key.startswith("train.")}
@@ -41,7 +41,7 @@ def offline_pairs(lab: Lab, seed: int, values: Values) -> Path:
     groups, judgements = out / "groups", out / "judgements"
     single.generate(recipe, lab.model, groups, round=0, report=lab.report)
     single.judge(recipe, groups, judgements, model=None, round=0, allow_code=False, report=lab.report)
-    single.pairs(recipe, single.PairInputs(groups, judgements), out / "pairs.jsonl", allow_code=False)
+    single_pairs.pairs(recipe, single_pairs.PairInputs(groups, judgements), out / "pairs.jsonl", allow_code=False)
     return out / "pairs.jsonl"
 
 

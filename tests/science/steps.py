@@ -40,7 +40,7 @@ def fit(
 
 def evaluate(lab: Lab, item: Item, panel: str, values: Values, start: Path, policy: Path, out: Path) -> dict[str, Any]:
     """`selfplay evaluate` on one of the plan's panels; its KL is to the policy that the arm starts from."""
-    from selfplay import single
+    from selfplay import single_evaluate
 
     recipe = lab.recipe(lab.plan["panels"][panel], values, seed=item.seed, model=str(start))
-    return single.evaluate(recipe, str(policy), out / panel, allow_code=True, report=lab.report)
+    return single_evaluate.evaluate(recipe, str(policy), out / panel, allow_code=True, report=lab.report)
