@@ -138,6 +138,7 @@ def _reported(channel: Channel) -> Iterator[None]:
     try:
         yield
     finally:
+        gc.unfreeze()  # else an interpreter that ends lists what was never collected, and the log's end is no traceback
         kind, error, _ = sys.exc_info()
         if kind is not None and not isinstance(error, HungUpError):
             channel.send(error=f"{kind.__name__}: {error}", kind=kind.__name__, fatal=True)

@@ -16,7 +16,7 @@ from selfplay.generators.sampling import nucleus_floor
 TOP_P = "selfplay_top_p"  # the key of a request's extra_args
 
 
-class TopP(LogitsProcessor):
+class TopP(LogitsProcessor):  # type: ignore[misc]  # vLLM is not there for mypy
     """Cuts the requests that carry TOP_P. Ids as probable as the last one kept are kept too, where vLLM's own order of equal
     logits, of which bf16 has many, says which of them go.
     """
