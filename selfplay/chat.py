@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from selfplay.collection import collection_paused
 from selfplay.errors import DataError
 from selfplay.recipe_file import names_template_file
 from selfplay.types import Completion, FinishReason, Message, Prompt
@@ -60,7 +61,8 @@ class Chat:
         reasoning_tags: tuple[str, str] | None = None,
     ) -> "Chat":
         """The chat of a model folder or hub id. DataError where it has no tokenizer or no template."""
-        from transformers import AutoTokenizer, GenerationConfig
+        with collection_paused():
+            from transformers import AutoTokenizer, GenerationConfig
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(model)

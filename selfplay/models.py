@@ -1,13 +1,15 @@
 """Where a model lies, what it is, and what the machine can do with it."""
 
+import importlib
 import importlib.util
 import json
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from selfplay.adapters import adapter_rank, base_folder, is_adapter
 from selfplay.chat import Chat
+from selfplay.collection import collection_paused
 from selfplay.errors import DataError, RecipeError
 from selfplay.recipe import ChatRecipe, GeneratorRecipe, Recipe
 
@@ -37,9 +39,7 @@ def local_model(model: str) -> Path:
 
 def resolve_auto(recipe: Recipe) -> Recipe:
     """The recipe with every `auto` replaced by what this machine takes; recorded in the run, so a resumed run keeps it."""
-    kind = recipe.generator.kind
-    if kind == "auto":
-        kind = "vllm" if importlib.util.find_spec("vllm") is not None else "transformers"
+    kind = resolved_kind(recipe.generator)
     bf16 = computes_bf16() if recipe.train.bf16 == "auto" else recipe.train.bf16
     return recipe.model_copy(
         update={
@@ -47,6 +47,38 @@ def resolve_auto(recipe: Recipe) -> Recipe:
             "train": recipe.train.model_copy(update={"bf16": bf16}),
         }
     )
+
+
+def resolved_kind(recipe: GeneratorRecipe) -> str:
+    """The kind of engine that a recipe means on this machine."""
+    if recipe.kind == "auto":
+        return "vllm" if importlib.util.find_spec("vllm") is not None else "transformers"
+    return recipe.kind
+
+
+def engine_ahead(recipe: GeneratorRecipe, *, wanted: bool) -> AbstractContextManager[None]:
+    """Starts vLLM's process, which takes seconds to import, before the model and the prompts are read: the first
+    `open_generator` in the block takes it. Nothing where it isn't `wanted`, for other engines, or for several replicas.
+    """
+    if not wanted or resolved_kind(recipe) != "vllm" or recipe.data_parallel_size > 1:
+        return nullcontext()
+    from selfplay.generators.engine import EngineSettings
+    from selfplay.generators.isolated import started_ahead
+
+    # whatever its environment depends on
+    args, parallel = recipe.engine_args, recipe.tensor_parallel_size
+    return started_ahead(EngineSettings("vllm", model="", tensor_parallel_size=parallel, engine_args=args))
+
+
+def import_trainer() -> None:
+    """Imports what training in this process needs, while the engine's process imports its own: seconds, of which peft, that
+    transformers' schedules import, takes most. On CUDA training has a process of its own.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        with collection_paused():
+            importlib.import_module("transformers.optimization")
 
 
 def computes_bf16() -> bool:
@@ -97,8 +129,6 @@ def open_generator(
     groups their gold answers as tokens, which not every chat template allows.
     """
     if recipe.kind == "scripted":
-        from contextlib import nullcontext
-
         from selfplay.generators.scripted import ScriptedGenerator
 
         return nullcontext(ScriptedGenerator(chat, seed=seed, encode_gold=encode_gold))

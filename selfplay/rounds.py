@@ -23,7 +23,7 @@ from selfplay.canaries import make_canaries
 from selfplay.changes import ADVICE
 from selfplay.errors import GateError, Stopped
 from selfplay.filters import make_filters
-from selfplay.models import open_generator
+from selfplay.models import engine_ahead, open_generator
 from selfplay.pairing import Pairing, make_pairs, read_selections
 from selfplay.pairs import Selection, make_selector
 from selfplay.parts import Source, own_parts
@@ -313,11 +313,13 @@ def iterate(
         try:
             report_swept(folder, report)
             own = own_parts(loaded, judge, selector, filters)
-            run = start_run(loaded, folder, own=own, allow_code=allow_code, devices=devices, report=report)
-            for index in range(run.recipe.rounds):
-                if not (run.round(index).folder / "round.json").exists():
-                    play_round(run.round(index))
-            play_last_panel(run)
+            # a run that is continued may have sampled already
+            with engine_ahead(loaded.generator, wanted=not (folder / "recipe.yaml").exists()):
+                run = start_run(loaded, folder, own=own, allow_code=allow_code, devices=devices, report=report)
+                for index in range(run.recipe.rounds):
+                    if not (run.round(index).folder / "round.json").exists():
+                        play_round(run.round(index))
+                play_last_panel(run)
         except GateError as error:
             raise type(error)(f"{error}\n{ADVICE.format(folder=folder)}") from error
         except KeyboardInterrupt:

@@ -12,7 +12,7 @@ from selfplay.changes import continued, read_recipe
 from selfplay.chat import Chat
 from selfplay.errors import RecipeError
 from selfplay.judges.lift import function_identity
-from selfplay.models import load_chat, local_model, prompt_room, resolve_auto
+from selfplay.models import import_trainer, load_chat, local_model, prompt_room, resolve_auto
 from selfplay.panel import HeldOut, Panel
 from selfplay.parts import OwnParts, Source, note_drops, open_sources, require_parts
 from selfplay.pool_checks import check_pool
@@ -135,6 +135,8 @@ def start_run(
         for change in differences(old, recipe) if old is not None else ():
             report.note(f"recipe: changed on this run: {change}")
         store.rewrite(folder / "recipe.yaml", dump_recipe(recipe).encode())
+    if old is None and recipe.generator.kind == "vllm":
+        import_trainer()
     panel = Panel(recipe, tuple(one for one in heldout if one.prompts), report)
     return Run(folder, recipe, initial, reference, chat, sources, panel, report, devices)
 

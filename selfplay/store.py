@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 
 from selfplay import faults
 from selfplay.adapters import base_folder, is_adapter
+from selfplay.digests import known_digest
 from selfplay.errors import LockedError, StorageError
 from selfplay.types import Demonstration, Drop, Group, Judgement, PreferencePair, Prompt
 
@@ -27,7 +28,6 @@ R = TypeVar("R")
 TEMPORARY = ".unfinished"
 # safetensors reports a full disk as an error of its own, which is no OSError
 WRITE_ERRORS = (OSError, SafetensorError)
-
 
 _ADAPTERS: dict[Any, TypeAdapter[Any]] = {
     kind: TypeAdapter(kind) for kind in (Demonstration, Drop, Group, Judgement, PreferencePair, Prompt)
@@ -41,13 +41,15 @@ def file_digest(path: Path) -> str:
 
 
 def weights_digest(folder: Path) -> str:
-    """SHA-256 over the weight files of a model folder, an adapter's base included: what a policy is, wherever it lies."""
+    """SHA-256 over the weight files of a model folder, an adapter's base included: what a policy is, wherever it lies. A file
+    that this process has read and nobody has written to since is not read again: a round asks about its policies four times.
+    """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise StorageError(f"{folder}: no .safetensors weights in this folder")
     if is_adapter(folder):
         files += sorted(base_folder(folder).glob("*.safetensors"))
-    return hashlib.sha256("".join(file_digest(file) for file in files).encode()).hexdigest()
+    return hashlib.sha256("".join(known_digest(file, file_digest) for file in files).encode()).hexdigest()
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -12,6 +12,8 @@ PACKAGE = Path(__file__).parent.parent / "selfplay"
 # in tokens, so chat stands below them; a round's note is its line of metrics, so metrics stand below rounds; a judge may
 # open a model, so models stand below judges.
 ORDER = (
+    "collection",
+    "digests",
     "errors",
     "faults",
     "types",

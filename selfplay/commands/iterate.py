@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from selfplay.collection import collection_paused
 from selfplay.commands.options import AccelerateConfig, AllowCode, Overrides, RecipeFile
 from selfplay.recipe_file import load_recipe
 from selfplay.report import make_console, print_run
@@ -38,7 +39,9 @@ def iterate_command(
             console.print(line, markup=False, soft_wrap=True)
         return
     from selfplay.progress import Reporter
-    from selfplay.rounds import iterate
+
+    with collection_paused():
+        from selfplay.rounds import iterate
 
     figures = iterate(loaded, folder, allow_code=allow_code, devices=devices, report=Reporter())
     print_run(folder, figures, console)

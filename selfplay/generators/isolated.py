@@ -2,6 +2,7 @@
 us and a replica's whole process group can be ended at once. `child.py` is the other side.
 """
 
+import contextlib
 import os
 import signal
 import socket
@@ -11,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import IO, Any
@@ -93,6 +94,75 @@ class IsolatedEngine:
         self._stack.close()
 
 
+@dataclass(frozen=True, slots=True)
+class _Child:
+    """A process that has not been told its settings yet, and what decides whether it can serve an engine."""
+
+    kind: str
+    environment: Mapping[str, str]
+    log_path: Path | None
+    process: "subprocess.Popen[bytes]"
+    channel: Channel
+    log: IO[bytes]
+
+
+def _spawn(kind: str, environment: Mapping[str, str], log_path: Path | None) -> _Child:
+    ours, theirs = socket.socketpair()
+    with ExitStack() as stack:
+        stack.enter_context(theirs)
+        stack.enter_context(ours)
+        log: IO[bytes] = stack.enter_context(_open_log(log_path))
+        fd = theirs.fileno()
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "selfplay.generators.child", str(fd), str(os.getpid()), kind],
+            pass_fds=[fd],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            env=environment,
+        )
+        channel = Channel(Connection(ours.detach()))
+        stack.pop_all()
+    theirs.close()
+    return _Child(kind, environment, log_path, process, channel, log)
+
+
+_ahead: list[_Child] = []  # those that nobody has taken
+
+
+@contextlib.contextmanager
+def started_ahead(settings: EngineSettings) -> Iterator[None]:
+    """Starts the process of an engine whose settings are not all known: in the block the first engine of this kind and
+    environment takes it, and has its imports behind it. What is left over is ended with the block. One replica.
+    """
+    child = _spawn(settings.kind, child_environment(settings, 0), None)
+    _ahead.append(child)
+    try:
+        yield
+    finally:
+        if child in _ahead:
+            _ahead.remove(child)
+            _end(child.process, child.channel, child.log)
+
+
+def _taken(kind: str, environment: Mapping[str, str], log_path: Path | None) -> _Child | None:
+    for child in _ahead:
+        same = (child.kind, child.log_path) == (kind, log_path)
+        if same and _serves(child.environment, environment):
+            _ahead.remove(child)
+            return child
+    return None
+
+
+def _serves(had: Mapping[str, str], wanted: Mapping[str, str]) -> bool:
+    """Whether a process that was started with these variables is as good as one started now. Packages add variables of
+    their own while they are imported (scikit-learn does), which say nothing to an engine.
+    """
+    added = wanted.keys() - had.keys()
+    return had.items() <= wanted.items() and not any(name.startswith(("VLLM_", "CUDA_")) for name in added)
+
+
 class _Replica:
     """A child process with its channel and its log."""
 
@@ -100,24 +170,12 @@ class _Replica:
         self.settings = settings
         self.log_path = log_path
         self.busy = True  # until it says that it is ready
-        ours, theirs = socket.socketpair()
-        with ExitStack() as stack:
-            stack.enter_context(theirs)
-            stack.enter_context(ours)
-            self.log: IO[bytes] = stack.enter_context(_open_log(log_path))
-            self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "selfplay.generators.child", str(theirs.fileno()), str(os.getpid())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=self.log,
-                stderr=self.log,
-                start_new_session=True,
-                env=child_environment(settings, number),
-            )
-            self.channel = Channel(Connection(ours.detach()))
-            stack.pop_all()
-        theirs.close()
-        self.channel.send(settings=asdict(settings))
+        environment = child_environment(settings, number)
+        child = _taken(settings.kind, environment, log_path) or _spawn(settings.kind, environment, log_path)
+        self.process, self.channel, self.log = child.process, child.channel, child.log
+        # one that has failed says why in what it sent
+        with contextlib.suppress(HungUpError):
+            self.channel.send(settings=asdict(settings))
 
     def __enter__(self) -> "_Replica":
         return self
@@ -127,10 +185,7 @@ class _Replica:
             self._ask_to_close()
         # The group outlives its leader where the engine has processes of its own. The leader isn't reaped before, so
         # its id can't have become somebody else's.
-        _end_group(self.process.pid)
-        self.process.wait()
-        self.channel.connection.close()
-        self.log.close()
+        _end(self.process, self.channel, self.log)
 
     def _ask_to_close(self) -> None:
         try:
@@ -228,6 +283,13 @@ def _deal(prompts: Sequence[tuple[int, ...]], count: int) -> list[list[int]]:
 
 def _open_log(path: Path | None) -> IO[bytes]:
     return tempfile.TemporaryFile() if path is None else path.open("ab+")
+
+
+def _end(process: "subprocess.Popen[bytes]", channel: Channel, log: IO[bytes]) -> None:
+    _end_group(process.pid)
+    process.wait()
+    channel.connection.close()
+    log.close()
 
 
 def _end_group(group: int) -> None:

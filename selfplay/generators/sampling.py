@@ -12,6 +12,8 @@ from torch import Tensor
 
 from selfplay.types import Sampling
 
+NUCLEUS = 256  # ids that are put in order first: at top_p 0.9 more than a trained model's nucleus nearly always
+
 
 @dataclass(frozen=True, slots=True)
 class Sampler:
@@ -70,13 +72,29 @@ class Sampler:
             floor_S = largest_SK.gather(1, (kept_S.clamp(max=most) - 1)[:, None])[:, 0]
             probs_SV = torch.where(limited_S[:, None] & (probs_SV < floor_S[:, None]), 0.0, probs_SV)
         if bool((self.top_p_S < 1).any()):
-            sorted_SV = probs_SV.sort(dim=-1, descending=True).values
-            before_SV = sorted_SV.cumsum(-1) - sorted_SV
-            inside_SV = before_SV < (self.top_p_S * sorted_SV.sum(-1))[:, None]
-            floor_S = torch.where(inside_SV, sorted_SV, torch.inf).amin(-1)
-            cut_SV = (self.top_p_S < 1)[:, None] & (probs_SV < floor_S[:, None])
+            cut_SV = probs_SV < nucleus_floor(probs_SV, self.top_p_S)[:, None]
             probs_SV = torch.where(cut_SV, 0.0, probs_SV)
         return probs_SV
+
+
+def nucleus_floor(probs_SV: Tensor, top_p_S: Tensor) -> Tensor:
+    """The least probability that top_p keeps in each row: that of the last id before which, in falling order, less than
+    top_p of the row's mass lies. 0 where top_p is 1. Shape (S,); `probs_SV` need not be normalised.
+
+    Only the largest ones are put in order, and more of them where a row is flat: sorting 49,152 of each row took 40 % of a
+    decoding step on a CPU.
+    """
+    vocabulary = probs_SV.shape[-1]
+    wanted_S = top_p_S * probs_SV.sum(-1)
+    kept = min(NUCLEUS, vocabulary)
+    while True:
+        largest_SK = probs_SV.topk(kept, dim=-1).values
+        mass_SK = largest_SK.cumsum(-1)
+        if kept == vocabulary or bool(((mass_SK[:, -1] >= wanted_S) | (top_p_S >= 1)).all()):
+            break
+        kept = min(8 * kept, vocabulary)
+    inside_SK = mass_SK - largest_SK < wanted_S[:, None]
+    return torch.where(top_p_S < 1, torch.where(inside_SK, largest_SK, torch.inf).amin(-1), 0.0)
 
 
 def _invert(probs_SV: Tensor, noise_S: Tensor) -> Tensor:

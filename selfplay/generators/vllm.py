@@ -18,6 +18,7 @@ from vllm.sampling_params import MAX_LOGPROB_TOKEN_IDS, RequestOutputKind, Struc
 from selfplay.adapters import served_rank
 from selfplay.errors import GeneratorError
 from selfplay.generators.engine import EngineSettings, Request, Result
+from selfplay.generators.vllm_top_p import TOP_P, TopP
 
 GIB = 2**30
 
@@ -25,7 +26,9 @@ GIB = 2**30
 class VllmEngine:
     def __init__(self, settings: EngineSettings) -> None:
         self._settings = settings
-        self._llm = LLM(**engine_arguments(settings, on_cpu=current_platform.is_cpu()))
+        arguments = engine_arguments(settings, on_cpu=current_platform.is_cpu())
+        self._own_top_p = arguments.get("logits_processors") == [TopP]  # a user's engine_args may name others
+        self._llm = LLM(**arguments)
         self._engine = self._llm.llm_engine
         self._lora = LoRARequest("policy", 1, settings.adapter) if settings.adapter is not None else None
 
@@ -70,9 +73,12 @@ class VllmEngine:
 
     def _parameters(self, request: Request) -> SamplingParams:
         sampling = request.sampling
+        # vLLM cuts by top_k before top_p, which the processor, called before both, can't
+        own_top_p = self._own_top_p and 0 < sampling.top_p < 1 and sampling.top_k == 0
         return SamplingParams(
             temperature=sampling.temperature,
-            top_p=sampling.top_p,
+            top_p=1.0 if own_top_p else sampling.top_p,
+            extra_args={TOP_P: sampling.top_p} if own_top_p else None,
             top_k=sampling.top_k,
             min_p=sampling.min_p,
             max_tokens=sampling.max_tokens,
@@ -113,6 +119,7 @@ def engine_arguments(settings: EngineSettings, *, on_cpu: bool) -> dict[str, Any
             "max_num_batched_tokens": max(16384, longest),
             "max_num_seqs": 256,
             "block_size": 32,
+            "logits_processors": [TopP],
         }
         if not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
             arguments["kv_cache_memory_bytes"] = cpu_cache_bytes()

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from selfplay.chat import Chat
 from selfplay.errors import GeneratorError
-from selfplay.generators.engine import EngineSettings
+from selfplay.generators.engine import EngineSettings, Request
 from selfplay.generators.environment import child_environment
 from selfplay.generators.generator import EngineGenerator
 from selfplay.generators.isolated import IsolatedEngine
@@ -125,12 +125,40 @@ def test_greedy_ids_equal_those_of_transformers_or_differ_at_a_near_tie(
     assert equal > len(PROMPTS) // 2
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.7, top_p=0.9), Sampling(top_k=4, min_p=0.02)])
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(), Sampling(temperature=0.7, top_p=0.9), Sampling(top_k=4, min_p=0.02), Sampling(top_k=40, top_p=0.8)],
+    ids=["plain", "top_p", "top_k-min_p", "top_k-top_p"],
+)
 def test_logps_are_raw_at_temperature_one_whatever_the_sampling(
     engine: EngineGenerator, hf: "torch.nn.Module", sampling: Sampling
 ) -> None:
     groups = engine.generate(PROMPTS, replace(sampling, num_completions=3, max_tokens=32))
     assert logp_errors(hf, groups).max() < 2e-3
+
+
+def test_top_p_draws_nothing_outside_the_nucleus(engine: EngineGenerator, hf: "torch.nn.Module") -> None:
+    settings = Sampling(num_completions=8, max_tokens=32, top_p=0.3, seed=2)
+    # some end before others, so that requests change places in the batch
+    for group in engine.generate(PROMPTS, settings):
+        for completion in group.completions:
+            probs_TV = logps_after(hf, group.prompt_token_ids, completion.token_ids).exp()
+            drawn_T = probs_TV.gather(1, torch.tensor(completion.token_ids)[:, None])
+            before_T = torch.where(probs_TV > drawn_T, probs_TV, 0.0).sum(-1)
+            assert (before_T < 0.3 + 1e-3).all()
+
+
+def test_requests_with_and_without_top_p_share_a_batch(
+    engine: EngineGenerator, chat: Chat, hf: "torch.nn.Module"
+) -> None:
+    prompt = chat.encode_prompt(PROMPTS[0])
+    cut = Sampling(max_tokens=24, top_p=0.01)  # the most probable id alone
+    free = Sampling(max_tokens=8)
+    requests = [Request(f"{'cut' if n % 2 else 'free'}/{n}", prompt, n, cut if n % 2 else free) for n in range(12)]
+    found = engine.complete(requests)
+    greedy = engine.complete([Request("greedy", prompt, 0, replace(cut, temperature=0.0, top_p=1.0))])["greedy"]
+    assert {found[r.id].token_ids for r in requests if r.id.startswith("cut")} == {greedy.token_ids}
+    assert len({found[r.id].token_ids for r in requests if r.id.startswith("free")}) > 1
 
 
 def test_bfloat16_logps_stay_near_those_of_float32(settings: EngineSettings, chat: Chat, hf: "torch.nn.Module") -> None:
