@@ -93,10 +93,8 @@ class RewardTrainer:
                 "--learning-rate, or say --no-bf16"
             )
         self._masters.scale_gradients(min(1.0, 1.0 / (norm + 1e-6)))
-        self._optimizer.step()
+        self._masters.update(self._optimizer)
         self._schedule.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        self._masters.refresh()
         return total
 
     @torch.inference_mode()
