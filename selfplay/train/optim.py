@@ -45,8 +45,8 @@ class Masters:
             for weight, param in zip(self.weights, self.compute, strict=True):
                 # during the backward pass, so that the gradients in bf16 never lie beside each other
                 param.register_post_accumulate_grad_hook(partial(_take_gradient, weight))  # type: ignore[no-untyped-call]
-        for param in _milestones(self.compute) if compute_dtype is not None else ():
-            param.register_post_accumulate_grad_hook(_trim_beside)  # type: ignore[no-untyped-call]
+        for milestone in _milestones(self.compute) if compute_dtype is not None else ():
+            milestone.register_post_accumulate_grad_hook(_trim_beside)  # type: ignore[no-untyped-call]
         tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         self.embeddings = [w for w, p in zip(self.weights, self.compute, strict=True) if id(p) in tables]
 

@@ -12,7 +12,7 @@ from test_memory import difference, gradients, trainer_of
 from tiny import make_tiny_model
 from torch import Tensor, nn
 
-from selfplay.train import logps, trainer
+from selfplay.train import logps, optim, trainer
 from selfplay.train.activations import LeanMLP, LeanNorm, replace_modules
 from selfplay.train.logps import TokenLogps
 from selfplay.train.model import load_model
@@ -116,14 +116,17 @@ def test_a_model_is_replaced_once_and_let_go_with_its_last_name(tiny: Path) -> N
     assert alive() is None, "a reference is released before the optimizer takes memory"
 
 
-def test_memory_goes_back_to_the_system_after_every_pack_and_every_update(
+def test_memory_goes_back_to_the_system_around_and_within_every_backward_pass(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn = random_pairs()
     made = trainer_of(tiny, drawn, max_pack_tokens=60)
-    trimmed: list[torch.device] = []
-    monkeypatch.setattr(trainer, "trim_memory", trimmed.append)
+    between: list[torch.device] = []
+    within: list[torch.device] = []
+    monkeypatch.setattr(trainer, "trim_memory", between.append)
+    monkeypatch.setattr(optim, "trim_memory", within.append)
     made.step(drawn, range(len(drawn)), number=1, check_zero=False)
     packs = build_packs(drawn, range(len(drawn)), max_pack_tokens=60, shared=True)
     assert len(packs) > 1
-    assert len(trimmed) == len(packs) + 1
+    assert len(between) == 2 * len(packs) + 1, "before and after each backward pass, after the update"
+    assert optim.TRIMS / 2 <= len(within) / len(packs) <= optim.TRIMS
