@@ -2,9 +2,8 @@
 
 In a layer of Llama's kind about half of what autograd keeps follows from the rest by a few operations on each number: what a
 norm gives, its input once more in fp32, and of the gated MLP the activation and the product. Norms and MLPs are replaced by
-ones that keep their own input alone, and layers that keep what these gave keep instead how it is made. The values are the same
-to the last bit, in either direction of memory; a module is replaced only where its class gives the same bits on a trial.
-Matrix products and attention are never run again.
+ones that keep their own input alone, and layers that keep what these gave keep instead how it is made. A module is replaced
+only where the new class gives the same bits on a trial. Matrix products and attention are never run again.
 Shapes: T tokens (any leading dimensions), D hidden.
 """
 
@@ -20,11 +19,26 @@ import torch
 from torch import Tensor, nn
 
 
-class Made:
-    """How a tensor is made again, and how many layers have kept it: they use it one after another, so it is made once."""
+class _Kept:
+    """A tensor as it was. autograd's own check is off where tensors are kept by hooks."""
 
-    def __init__(self, again: Callable[[], Tensor]) -> None:
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self.version = tensor, tensor._version
+
+    def take(self) -> Tensor:
+        if self.tensor._version != self.version:
+            raise RuntimeError("the model has changed in place what its backward pass needs")
+        return self.tensor
+
+
+class Made:
+    """How a tensor is made again of some others, and how many layers have kept it: they use it one after another, so it is
+    made once.
+    """
+
+    def __init__(self, again: Callable[..., Tensor], *made_of: Tensor) -> None:
         self.again = again
+        self.made_of = [_Kept(tensor) for tensor in made_of]
         self.uses = 0
         self.value: Tensor | None = None
 
@@ -32,15 +46,15 @@ class Made:
         value = self.value
         if value is None:
             with torch.no_grad():
-                value = self.again()
+                value = self.again(*(kept.take() for kept in self.made_of))
         self.uses -= 1
         self.value = value if self.uses > 0 else None
         return value
 
 
-# What the forward pass that is under way can make again, by address. Memory is given out anew: an entry counts only as long as
-# its tensor is there.
-_Table = dict[int, tuple[weakref.ref[Tensor], Made]]
+# What the forward pass that is under way can make again, by address, with its version. Memory is given out anew: an entry
+# counts only as long as its tensor is there.
+_Table = dict[int, tuple[weakref.ref[Tensor], int, Made]]
 _table: ContextVar[_Table | None] = ContextVar("table", default=None)
 
 
@@ -50,18 +64,20 @@ def keeping_less() -> Iterator[None]:
     table: _Table = {}
 
     def pack(kept: Tensor) -> Any:
-        alive, made = table.get(kept.data_ptr(), (None, None))
-        given = alive() if alive is not None else None
-        if given is None or made is None or (kept.numel(), kept.dtype) != (given.numel(), given.dtype):
-            return kept
-        if not kept.is_contiguous():
-            return kept
+        if (entry := table.get(kept.data_ptr())) is None:
+            return _Kept(kept)
+        alive, version, made = entry
+        given = alive()
+        if given is None or given._version != version or not kept.is_contiguous():
+            return _Kept(kept)
+        if (kept.numel(), kept.dtype) != (given.numel(), given.dtype):
+            return _Kept(kept)
         made.uses += 1
         return made, kept.shape
 
     def unpack(packed: Any) -> Tensor:
-        if isinstance(packed, Tensor):
-            return packed
+        if isinstance(packed, _Kept):
+            return packed.take()
         made, shape = packed
         value: Tensor = made.take().view(shape)
         return value
@@ -74,10 +90,10 @@ def keeping_less() -> Iterator[None]:
         _table.reset(token)
 
 
-def _remember(given: Tensor, again: Callable[[], Tensor]) -> None:
+def _remember(given: Tensor, again: Callable[..., Tensor], *made_of: Tensor) -> None:
     table = _table.get()
     if table is not None and given.is_contiguous():
-        table[given.data_ptr()] = weakref.ref(given), Made(again)
+        table[given.data_ptr()] = weakref.ref(given), given._version, Made(again, *(t.detach() for t in made_of))
 
 
 class LeanNorm(nn.Module):
@@ -91,7 +107,7 @@ class LeanNorm(nn.Module):
         with torch.no_grad():
             scale = torch.rsqrt(hidden_states.float().pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
         given = _Norm.apply(hidden_states, self.weight, scale)  # type: ignore[no-untyped-call]
-        _remember(given, partial(_normed, hidden_states.detach(), self.weight.detach(), scale))
+        _remember(given, _normed, hidden_states, self.weight, scale)
         return given
 
 
@@ -106,7 +122,7 @@ class LeanMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
         product = _Gated.apply(gate, up, self.act_fn)  # type: ignore[no-untyped-call]
-        _remember(product, partial(_gated, gate.detach(), up.detach(), self.act_fn))
+        _remember(product, partial(_gated, act=self.act_fn), gate, up)
         given: Tensor = self.down_proj(product)
         return given
 

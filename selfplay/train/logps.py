@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from selfplay.train import attention
 from selfplay.train.activations import keeping_less, replace_modules
+from selfplay.train.memory import trim_memory
 from selfplay.train.pack import NO_BRANCH, PADDING, Pack
 
 CHUNK_ELEMENTS = 1 << 23  # logits in fp32 at a time: 32 MiB
@@ -48,6 +49,8 @@ class TokenLogps(nn.Module):
                 use_cache=False,  # with a cache, restarting positions would be taken for another kind of packing
                 **positions,
             ).last_hidden_state
+        if torch.is_grad_enabled():
+            trim_memory(hidden_RTD.device)  # the head's chunks are larger than any hole that the layers leave
         hidden_ND = hidden_RTD.reshape(-1, hidden_RTD.shape[-1])[pack.predict_N]
         head = self.model.get_output_embeddings()
         logps: Tensor = _HeadLogps.apply(  # type: ignore[no-untyped-call]

@@ -87,7 +87,6 @@ class Trainer:
                 losses_B = losses_B * float("nan")
             # over all pairs of the step, wherever they are
             loss = losses_B.sum() / len(indices) * weight
-            trim_memory(device)
             loss.backward()  # type: ignore[no-untyped-call]
             self.masters.accumulate()
             trim_memory(device)

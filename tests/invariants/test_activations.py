@@ -13,7 +13,7 @@ from tiny import make_tiny_model
 from torch import Tensor, nn
 
 from selfplay.train import logps, optim, trainer
-from selfplay.train.activations import LeanMLP, LeanNorm, replace_modules
+from selfplay.train.activations import LeanMLP, LeanNorm, keeping_less, replace_modules
 from selfplay.train.logps import TokenLogps
 from selfplay.train.model import load_model
 from selfplay.train.pack import build_packs
@@ -28,6 +28,10 @@ LEAN = ("llama", "qwen3")
 HOOKS = torch.autograd.graph.saved_tensors_hooks
 
 
+def packed_as_it_is(packed: Any) -> bool:
+    return not isinstance(packed, tuple)
+
+
 def kept_bytes(module: TokenLogps, monkeypatch: pytest.MonkeyPatch) -> int:
     """Bytes that a forward pass of packs keeps for the backward one, weights left out."""
     found: dict[int, Tensor] = {}
@@ -36,8 +40,8 @@ def kept_bytes(module: TokenLogps, monkeypatch: pytest.MonkeyPatch) -> int:
     def counting(pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor]) -> Any:
         def counted(kept: Tensor) -> Any:
             packed = pack(kept)
-            if isinstance(packed, Tensor) and packed.untyped_storage().data_ptr() not in weights:
-                found[packed.untyped_storage().data_ptr()] = packed
+            if packed_as_it_is(packed) and kept.untyped_storage().data_ptr() not in weights:
+                found[kept.untyped_storage().data_ptr()] = kept
             return packed
 
         return HOOKS(counted, unpack)
@@ -107,6 +111,23 @@ def test_a_norm_that_rounds_elsewhere_stays_as_it_is(tmp_path: Path) -> None:
     assert type(norm) is Other
 
 
+def test_what_a_model_changes_in_place_is_kept_as_it_became_or_refused(tiny: Path) -> None:
+    norm = load_model(str(tiny)).base_model.norm
+    replace_modules(norm)
+    x, other = torch.randn(2, 3, 64, requires_grad=True).unbind(0)
+    with keeping_less():
+        changed = norm(x).mul_(2.0)
+        loss = (changed * other).sum()
+    wanted = 2 * norm(x.detach())
+    assert torch.equal(torch.autograd.grad(loss, other)[0], wanted)
+    with keeping_less():
+        held = x * 1.0
+        loss = norm(held).sum()
+        held.mul_(2.0)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        loss.backward()
+
+
 def test_a_model_is_replaced_once_and_let_go_with_its_last_name(tiny: Path) -> None:
     model = load_model(str(tiny))
     assert replace_modules(model) > 0
@@ -123,10 +144,11 @@ def test_memory_goes_back_to_the_system_around_and_within_every_backward_pass(
     made = trainer_of(tiny, drawn, max_pack_tokens=60)
     between: list[torch.device] = []
     within: list[torch.device] = []
-    monkeypatch.setattr(trainer, "trim_memory", between.append)
+    for module in (trainer, logps):
+        monkeypatch.setattr(module, "trim_memory", between.append)
     monkeypatch.setattr(optim, "trim_memory", within.append)
     made.step(drawn, range(len(drawn)), number=1, check_zero=False)
     packs = build_packs(drawn, range(len(drawn)), max_pack_tokens=60, shared=True)
     assert len(packs) > 1
-    assert len(between) == 2 * len(packs) + 1, "before and after each backward pass, after the update"
+    assert len(between) == 2 * len(packs) + 1, "before the head, after the backward pass, after the update"
     assert optim.TRIMS / 2 <= len(within) / len(packs) <= optim.TRIMS
