@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,21 +28,25 @@ class Masters:
     Where the model computes in bf16 its parameters are the upper halves of the fp32 weights, and `lower` has the other halves
     (halves.py): 4 bytes a weight. `weights` are then shapes without memory, which carry the gradients; the optimizer gets one
     of them at a time, filled. Their values come from `named`. Where the model itself is fp32 its own parameters are the
-    masters. A `compute_dtype` of None leaves it as it is.
+    masters, as those of `wide` are in any case. A `compute_dtype` of None leaves it as it is.
     """
 
-    def __init__(self, model: nn.Module, *, compute_dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, model: nn.Module, *, compute_dtype: torch.dtype | None, wide: Sequence[nn.Parameter] = ()
+    ) -> None:
         self.names = [name for name, p in model.named_parameters() if p.requires_grad]
         self.compute = [p for p in model.parameters() if p.requires_grad]
-        self.is_cut = compute_dtype not in (None, torch.float32)
-        self.lower = [_cut(p) for p in self.compute] if self.is_cut else []
+        assert compute_dtype in (None, torch.float32, torch.bfloat16), "the upper half of fp32"
+        self.is_cut = compute_dtype == torch.bfloat16
+        spared = set(map(id, wide))
+        self.lower = [_cut(p) if self.is_cut and id(p) not in spared else None for p in self.compute]
         if compute_dtype is not None:
-            cast_parameters(model, compute_dtype)
-        self.weights: list[Tensor] = list(self.compute)
-        if self.is_cut:
-            assert compute_dtype == torch.bfloat16, "the upper half of fp32"
-            self.weights = [_shell(p) for p in self.compute]
-            for weight, param in zip(self.weights, self.compute, strict=True):
+            cast_parameters(model, compute_dtype, spared=spared)
+        self.weights: list[Tensor] = []
+        for param, lower in zip(self.compute, self.lower, strict=True):
+            weight = param if lower is None else _shell(param)
+            self.weights.append(weight)
+            if lower is not None:
                 # during the backward pass, so that the gradients in bf16 never lie beside each other
                 param.register_post_accumulate_grad_hook(partial(_take_gradient, weight))  # type: ignore[no-untyped-call]
         for milestone in _milestones(self.compute) if compute_dtype is not None else ():
@@ -71,14 +75,18 @@ class Masters:
         # an optimizer passes over weights without a gradient, so each call takes the one weight that has memory
         for number, weight in enumerate(self.weights):
             weight.grad, grads[number] = grads[number], None
-            if weight.grad is not None:
-                storage, upper, lower = weight.untyped_storage(), self.compute[number], self.lower[number]
+            if weight.grad is None:
+                continue
+            upper, lower, storage = self.compute[number], self.lower[number], weight.untyped_storage()
+            if lower is None:
+                optimizer.step()
+            else:
                 storage.resize_(weight.numel() * weight.element_size())
                 join(upper.data, lower, weight.data)
                 optimizer.step()
                 split(weight.data, upper.data, lower)
                 storage.resize_(0)
-                weight.grad = None
+            weight.grad = None
 
     def clear_gradients(self) -> None:
         """Forgets the gradients of a step that is given up."""
@@ -90,9 +98,9 @@ class Masters:
         """Takes over stored weights, as `named` gave them."""
         own = {name: number for number, name in enumerate(self.names)}
         for name, weight in weights:
-            param = self.compute[own[name]]
-            if self.is_cut:
-                split(weight.to(param.device).contiguous(), param.data, self.lower[own[name]])
+            param, lower = self.compute[own[name]], self.lower[own[name]]
+            if lower is not None:
+                split(weight.to(param.device).contiguous(), param.data, lower)
             else:
                 self.weights[own[name]].copy_(weight)
 
@@ -111,10 +119,10 @@ class Masters:
     def named(self) -> Iterator[tuple[str, Tensor]]:
         """(name, fp32 weight), each made when its turn comes where the model computes in bf16."""
         for number, name in enumerate(self.names):
-            weight = self.weights[number].detach()
-            if self.is_cut:
+            weight, lower = self.weights[number].detach(), self.lower[number]
+            if lower is not None:
                 weight = torch.empty_like(weight)
-                join(self.compute[number].data, self.lower[number], weight)
+                join(self.compute[number].data, lower, weight)
             yield name, weight
 
     def whole(self) -> Iterator[tuple[str, Tensor]]:
@@ -171,12 +179,12 @@ def _trim_beside(param: Tensor) -> None:
     trim_memory(param.device)
 
 
-def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+def cast_parameters(model: nn.Module, dtype: torch.dtype, *, spared: Container[int] = ()) -> None:
     """Casts the parameters in place and no buffer: `model.to(dtype)` would round the rotary frequencies as well, and move
-    the logps of late positions. 4-bit weights stay as they are, and compute in `dtype`.
+    the logps of late positions. 4-bit weights stay as they are, and compute in `dtype`; `spared` ids stay too.
     """
     for param in model.parameters():
-        if param.is_floating_point() and param.dtype != dtype:
+        if param.is_floating_point() and param.dtype != dtype and id(param) not in spared:
             param.data = param.data.to(dtype)
     compute_in(model, dtype)
 
