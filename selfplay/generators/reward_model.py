@@ -97,7 +97,7 @@ def _ends_no_row(rows: Rows) -> int:
 def exact_head(model: Any) -> None:
     """Computes the head in float32: a bfloat16 logit has 8 bits, and completions of one prompt would tie."""
     for module in model.modules():
-        if isinstance(module, nn.Linear) and module.out_features == 1 and module.weight.dtype != torch.float32:
+        if isinstance(module, nn.Linear) and module.out_features == 1:
             module.float()
             module.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
 

@@ -28,7 +28,7 @@ from selfplay.train.optim import Masters, load_state, state_tensors
 from selfplay.train.settings import KEPT_CHECKPOINTS, TrainJob
 from selfplay.train.world import World
 
-FILE_BYTES = 4 << 30  # safetensors builds a file in memory before it writes it
+FILE_BYTES = 1 << 28  # safetensors builds a file in memory before it writes it, and fp32 weights are made for it
 # save_steps: auto. At most this much training is lost to a kill, unless writing takes so long that it would cost more than
 # a twentieth of the time.
 AUTO_SECONDS = 600.0

@@ -4,6 +4,7 @@ Shapes: R rows, T tokens of a row, N completion tokens, D hidden, V vocabulary.
 """
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from selfplay.train import attention
+from selfplay.train.activations import keeping_less, replace_modules
+from selfplay.train.memory import trim_memory
 from selfplay.train.pack import NO_BRANCH, PADDING, Pack
 
 CHUNK_ELEMENTS = 1 << 23  # logits in fp32 at a time: 32 MiB
@@ -28,6 +31,7 @@ class TokenLogps(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
+        replace_modules(model)
         config = model.config.get_text_config()
         # families scale or cap their logits after the head; the probe at load compares with the model's own logits
         self.scale = float(config.to_dict().get("logit_scale") or 1.0) / float(
@@ -38,12 +42,15 @@ class TokenLogps(nn.Module):
     def forward(self, pack: Pack) -> Tensor:
         # rows padded on the right have the default positions, and recurrent models take none
         positions = {"position_ids": pack.position_ids_RT} if pack.shared else {}
-        hidden_RTD = self.model.base_model(
-            input_ids=pack.input_ids_RT,
-            attention_mask=self.mask(pack),
-            use_cache=False,  # with a cache, restarting positions would be taken for another kind of packing
-            **positions,
-        ).last_hidden_state
+        with keeping_less() if torch.is_grad_enabled() else nullcontext():
+            hidden_RTD = self.model.base_model(
+                input_ids=pack.input_ids_RT,
+                attention_mask=self.mask(pack),
+                use_cache=False,  # with a cache, restarting positions would be taken for another kind of packing
+                **positions,
+            ).last_hidden_state
+        if torch.is_grad_enabled():
+            trim_memory(hidden_RTD.device)  # the head's chunks are larger than any hole that the layers leave
         hidden_ND = hidden_RTD.reshape(-1, hidden_RTD.shape[-1])[pack.predict_N]
         head = self.model.get_output_embeddings()
         logps: Tensor = _HeadLogps.apply(  # type: ignore[no-untyped-call]

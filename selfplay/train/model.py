@@ -179,7 +179,7 @@ def save_policy(model: Any, masters: Masters, source: str, out: Path, *, dtype: 
     its tokens differently in every process.
     """
     target = getattr(torch, dtype)
-    state = {name: weight.to(target).contiguous() for name, weight in masters.whole()}
+    state = {name: weight.to("cpu", target).contiguous() for name, weight in masters.whole()}
     is_lora = any(".lora_" in name for name in state)
     tied = set(model._tied_weights_keys or ())
     if not is_lora:

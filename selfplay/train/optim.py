@@ -1,8 +1,9 @@
-"""fp32 master weights under a bf16 model, the optimizer over them, the schedule."""
+"""fp32 master weights of a bf16 model, the optimizer over them, the schedule."""
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,48 +13,80 @@ from torch import Tensor, nn
 from selfplay import store
 from selfplay.errors import DataError, RecipeError
 from selfplay.train.four_bit import compute_in
+from selfplay.train.halves import join, split
+from selfplay.train.memory import trim_memory
 from selfplay.train.settings import TrainJob, TrainSettings
 from selfplay.train.world import World
+
+TRIMS = 6  # of the memory of a CPU in a backward pass; each costs a few hundredths of a second
 
 
 class Masters:
     """The weights that the optimizer sees, in fp32, whatever the model computes in.
 
     Pure bf16 weights lose updates silently at DPO's learning rates: a step of 1e-6 is below bf16's spacing near 0.01.
-    Where the model itself is fp32 its own parameters are the masters. A `compute_dtype` of None leaves it as it is.
+    Where the model computes in bf16 its parameters are the upper halves of the fp32 weights, and `lower` has the other halves
+    (halves.py): 4 bytes a weight. `weights` are then shapes without memory, which carry the gradients; the optimizer gets one
+    of them at a time, filled. Their values come from `named`. Where the model itself is fp32 its own parameters are the
+    masters, as those of `wide` are in any case. A `compute_dtype` of None leaves it as it is.
     """
 
-    def __init__(self, model: nn.Module, *, compute_dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, model: nn.Module, *, compute_dtype: torch.dtype | None, wide: Sequence[nn.Parameter] = ()
+    ) -> None:
         self.names = [name for name, p in model.named_parameters() if p.requires_grad]
         self.compute = [p for p in model.parameters() if p.requires_grad]
-        self.is_copy = compute_dtype not in (None, torch.float32)
-        masters = [p.detach().float().clone() for p in self.compute] if self.is_copy else []
+        assert compute_dtype in (None, torch.float32, torch.bfloat16), "the upper half of fp32"
+        self.is_cut = compute_dtype == torch.bfloat16
+        spared = set(map(id, wide))
+        self.lower = [_cut(p) if self.is_cut and id(p) not in spared else None for p in self.compute]
         if compute_dtype is not None:
-            cast_parameters(model, compute_dtype)
-        self.weights: list[Tensor] = [m.requires_grad_() for m in masters] if self.is_copy else list(self.compute)
+            cast_parameters(model, compute_dtype, spared=spared)
+        self.weights: list[Tensor] = []
+        for param, lower in zip(self.compute, self.lower, strict=True):
+            weight = param if lower is None else _shell(param)
+            self.weights.append(weight)
+            if lower is not None:
+                # during the backward pass, so that the gradients in bf16 never lie beside each other
+                param.register_post_accumulate_grad_hook(partial(_take_gradient, weight))  # type: ignore[no-untyped-call]
+        for milestone in _milestones(self.compute) if compute_dtype is not None else ():
+            milestone.register_post_accumulate_grad_hook(_trim_beside)  # type: ignore[no-untyped-call]
         tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         self.embeddings = [w for w, p in zip(self.weights, self.compute, strict=True) if id(p) in tables]
 
     def accumulate(self) -> None:
-        """Adds the gradients of the last backward pass to the masters', in fp32."""
-        if not self.is_copy:
-            return
-        for master, param in zip(self.weights, self.compute, strict=True):
-            if param.grad is not None:
-                grad = param.grad.float()
-                master.grad = grad if master.grad is None else master.grad.add_(grad)
-                param.grad = None
+        """Adds the gradients of the last backward pass to the masters', in fp32. Nothing to do: they are where the masters'
+        belong, or the backward pass has taken them there.
+        """
 
     def sum_gradients(self, world: World) -> None:
         """Sums the gradients of a step over all processes."""
         world.add(w.grad for w in self.weights if w.grad is not None)
 
     @torch.no_grad()
-    def refresh(self) -> None:
-        """Casts the masters to the compute copies: once a step, where autocast would cast in every forward."""
-        if self.is_copy:
-            for master, param in zip(self.weights, self.compute, strict=True):
-                param.copy_(master)
+    def update(self, optimizer: torch.optim.Optimizer) -> None:
+        """One step of the optimizer, which then has no gradients any more."""
+        if not self.is_cut:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            return
+        grads = [weight.grad for weight in self.weights]
+        optimizer.zero_grad(set_to_none=True)
+        # an optimizer passes over weights without a gradient, so each call takes the one weight that has memory
+        for number, weight in enumerate(self.weights):
+            weight.grad, grads[number] = grads[number], None
+            if weight.grad is None:
+                continue
+            upper, lower, storage = self.compute[number], self.lower[number], weight.untyped_storage()
+            if lower is None:
+                optimizer.step()
+            else:
+                storage.resize_(weight.numel() * weight.element_size())
+                join(upper.data, lower, weight.data)
+                optimizer.step()
+                split(weight.data, upper.data, lower)
+                storage.resize_(0)
+            weight.grad = None
 
     def clear_gradients(self) -> None:
         """Forgets the gradients of a step that is given up."""
@@ -63,10 +96,13 @@ class Masters:
     @torch.no_grad()
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Takes over stored weights, as `named` gave them."""
-        own = dict(zip(self.names, self.weights, strict=True))
+        own = {name: number for number, name in enumerate(self.names)}
         for name, weight in weights:
-            own[name].copy_(weight)
-        self.refresh()
+            param, lower = self.compute[own[name]], self.lower[own[name]]
+            if lower is not None:
+                split(weight.to(param.device).contiguous(), param.data, lower)
+            else:
+                self.weights[own[name]].copy_(weight)
 
     @torch.no_grad()
     def grad_norm(self) -> float:
@@ -81,8 +117,13 @@ class Masters:
             torch._foreach_mul_([w.grad for w in self.weights if w.grad is not None], factor)
 
     def named(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, fp32 weight)."""
-        return ((n, w.detach()) for n, w in zip(self.names, self.weights, strict=True))
+        """(name, fp32 weight), each made when its turn comes where the model computes in bf16."""
+        for number, name in enumerate(self.names):
+            weight, lower = self.weights[number].detach(), self.lower[number]
+            if lower is not None:
+                weight = torch.empty_like(weight)
+                join(self.compute[number].data, lower, weight)
+            yield name, weight
 
     def whole(self) -> Iterator[tuple[str, Tensor]]:
         """The same with all rows of each weight, for the first process; all processes ask for it together."""
@@ -101,12 +142,49 @@ class Masters:
         return weight.shape
 
 
-def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+def _cut(param: Tensor) -> Tensor:
+    """Leaves the upper half of an fp32 parameter in its place, and returns the lower one."""
+    whole = param.detach().float().contiguous()
+    lower = torch.empty_like(whole, dtype=torch.int16)
+    param.data = torch.empty_like(whole, dtype=torch.bfloat16)
+    split(whole, param.data, lower)
+    return lower
+
+
+def _shell(param: Tensor) -> Tensor:
+    """An fp32 tensor of a parameter's shape and device, without memory behind it."""
+    shell = torch.empty_like(param, dtype=torch.float32)
+    shell.untyped_storage().resize_(0)
+    return shell.requires_grad_()
+
+
+def _take_gradient(weight: Tensor, param: Tensor) -> None:
+    assert param.grad is not None
+    weight.grad = param.grad.float() if weight.grad is None else weight.grad.add_(param.grad)
+    param.grad = None
+
+
+def _milestones(params: Sequence[Tensor]) -> list[Tensor]:
+    """Those of the parameters after whose gradients another share of all gradients has been made."""
+    total, done, found = sum(p.numel() for p in params), 0, list[Tensor]()
+    for param in reversed(params):  # about the order of a backward pass
+        done += param.numel()
+        if done * TRIMS >= (len(found) + 1) * total:
+            found.append(param)
+    return found
+
+
+def _trim_beside(param: Tensor) -> None:
+    # the gradients that come don't fit the holes that the activations leave
+    trim_memory(param.device)
+
+
+def cast_parameters(model: nn.Module, dtype: torch.dtype, *, spared: Container[int] = ()) -> None:
     """Casts the parameters in place and no buffer: `model.to(dtype)` would round the rotary frequencies as well, and move
-    the logps of late positions. 4-bit weights stay as they are, and compute in `dtype`.
+    the logps of late positions. 4-bit weights stay as they are, and compute in `dtype`; `spared` ids stay too.
     """
     for param in model.parameters():
-        if param.is_floating_point() and param.dtype != dtype:
+        if param.is_floating_point() and param.dtype != dtype and id(param) not in spared:
             param.data = param.data.to(dtype)
     compute_in(model, dtype)
 

@@ -19,7 +19,7 @@ from selfplay.errors import AuditError, DataError
 from selfplay.recipe_train import reads
 from selfplay.train.deal import own_packs
 from selfplay.train.logps import TokenLogps
-from selfplay.train.memory import in_smaller_packs
+from selfplay.train.memory import in_smaller_packs, trim_memory
 from selfplay.train.model import load_model, save_policy
 from selfplay.train.optim import Masters
 from selfplay.train.place import place
@@ -207,6 +207,7 @@ def score_rows(
             progress(done)
         finished += len(step)
         progress(finished)
+    trim_memory(world.device)
     return sums_CB
 
 

@@ -48,7 +48,9 @@ class RewardTrainer:
         self.settings = settings
         self.base = base
         model = _with_new_head(base, seed=settings.seed).to(default_device())
-        self._masters = Masters(model, compute_dtype=torch.bfloat16 if bf16 else torch.float32)
+        # `Rewards` computes the head in fp32
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        self._masters = Masters(model, compute_dtype=dtype, wide=[model.score.weight])
         self.rewards = Rewards(model)
         self.num_steps = math.ceil(num_pairs / settings.batch_size) * settings.num_train_epochs
         recipe = TrainRecipe(
@@ -93,10 +95,8 @@ class RewardTrainer:
                 "--learning-rate, or say --no-bf16"
             )
         self._masters.scale_gradients(min(1.0, 1.0 / (norm + 1e-6)))
-        self._optimizer.step()
+        self._masters.update(self._optimizer)
         self._schedule.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        self._masters.refresh()
         return total
 
     @torch.inference_mode()

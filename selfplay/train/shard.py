@@ -4,7 +4,7 @@ Every decoder layer, and what is left of the module, is gathered when it runs an
 rows of every fp32 weight; what the optimizer sees are these rows as plain tensors, so any element-wise optimizer works.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -70,7 +70,16 @@ class ShardedMasters(Masters):
     def sum_gradients(self, world: World) -> None:
         """Nothing: each backward pass has summed them."""
 
-    def refresh(self) -> None:
+    @torch.no_grad()
+    def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        super().load(weights)
+        self._reshard()
+
+    def update(self, optimizer: torch.optim.Optimizer) -> None:
+        super().update(optimizer)
+        self._reshard()
+
+    def _reshard(self) -> None:
         from torch.distributed.fsdp import FSDPModule
 
         # After a forward pass without gradients the outermost part stays gathered, and without reshard_after_forward every

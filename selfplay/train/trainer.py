@@ -10,7 +10,7 @@ from selfplay import faults
 from selfplay.errors import NonFiniteError
 from selfplay.losses import PairLogps, reward_metrics, total_loss
 from selfplay.train.deal import own_packs
-from selfplay.train.memory import SmallerPacksError, free_memory
+from selfplay.train.memory import SmallerPacksError, free_memory, trim_memory
 from selfplay.train.optim import Masters
 from selfplay.train.pack import Pack
 from selfplay.train.reference import ReferenceLogps, check_zero_logratios, pair_logps
@@ -89,6 +89,7 @@ class Trainer:
             loss = losses_B.sum() / len(indices) * weight
             loss.backward()  # type: ignore[no-untyped-call]
             self.masters.accumulate()
+            trim_memory(device)
             for name, value in reward_metrics(logps, settings.beta).items():
                 done.metrics[name] = done.metrics.get(name, 0.0) + value / len(indices) * weight
             if weight:
@@ -137,10 +138,9 @@ class Trainer:
             )
         self.masters.scale_gradients(min(1.0, self.settings.max_grad_norm / (norm + 1e-6)))
         faults.hit("train.update")
-        self.optimizer.step()
+        self.masters.update(self.optimizer)
+        trim_memory(self.world.device)
         self.schedule.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.masters.refresh()
         faults.hit("train.updated")
         return norm
 

@@ -71,7 +71,7 @@ def test_measuring_forwards_real_packs_and_leaves_no_trace(bf16: bool, tiny: Pat
     model = load_model(str(tiny))
     module = TokenLogps(model)
     masters = Masters(model, compute_dtype=torch.bfloat16 if bf16 else torch.float32)
-    before = [w.detach().clone() for w in (*masters.weights, *masters.compute)]
+    before = [w.detach().clone() for w in (*dict(masters.named()).values(), *masters.compute)]
     random_state = torch.get_rng_state()
     state = 8 * sum(w.numel() for w in masters.weights)
     meter = FakeMeter(module, held=10, limit=state + 3000, room=state + 4000)
@@ -82,7 +82,7 @@ def test_measuring_forwards_real_packs_and_leaves_no_trace(bf16: bool, tiny: Pat
         assert tokens * 0.7 < peak <= tokens + 10
     assert found["max_pack_tokens"] == 1024
     assert all(w.grad is None for w in (*masters.weights, *masters.compute))
-    after = (*masters.weights, *masters.compute)
+    after = (*dict(masters.named()).values(), *masters.compute)
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
     assert torch.equal(torch.get_rng_state(), random_state)
 
