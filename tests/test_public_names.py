@@ -35,6 +35,7 @@ NAMES = {
     "JudgeError",
     "GeneratorError",
     "StorageError",
+    "TrainerError",
     "Stopped",
     "GateError",
     "UnparsedGateError",
