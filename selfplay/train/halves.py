@@ -10,24 +10,25 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-CHUNKS = {"cpu": 1 << 16, "cuda": 1 << 24}  # values at a time: a core's cache, or what keeps a GPU busy
+CHUNKS = {"cpu": 1 << 17, "cuda": 1 << 24}  # values at a time: a core's cache, or what keeps a GPU busy
 HALF = 1 << 15
 
 
 def split(weight: Tensor, upper: Tensor, lower: Tensor) -> None:
     """Writes the halves of an fp32 weight into a bf16 and an int16 tensor of its shape. All are contiguous."""
-    for bits, high, low in _chunks(weight, upper, lower):
-        low.copy_(bits)  # an integer that is too large loses its upper bits
-        high.copy_((bits + HALF) >> 16)
+    bits, high = weight.view(torch.int32), upper.view(torch.int16)
+    for whole, high_part, low_part in _chunks(bits, high, lower):
+        low_part.copy_(whole)  # an integer that is too large loses its upper bits
+        high_part.copy_((whole + HALF).bitwise_right_shift_(16))
 
 
 def join(upper: Tensor, lower: Tensor, weight: Tensor) -> None:
     """Writes the fp32 weight that `split` was given."""
-    for bits, high, low in _chunks(weight, upper, lower):
-        bits.copy_(high).bitwise_left_shift_(16).add_(low)
+    for whole, high_part, low_part in _chunks(weight, upper, lower):
+        whole.copy_(high_part)  # the same number, whose lower bits are 0
+        whole.view(torch.int32).add_(low_part)
 
 
-def _chunks(weight: Tensor, upper: Tensor, lower: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    size = CHUNKS[weight.device.type]
-    bits, high = weight.view(-1).view(torch.int32), upper.view(-1).view(torch.int16)
-    return zip(*(torch.split(part, size) for part in (bits, high, lower.view(-1))), strict=True)
+def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    size = CHUNKS[tensors[0].device.type]
+    return zip(*(torch.split(tensor.view(-1), size) for tensor in tensors), strict=True)

@@ -72,20 +72,25 @@ class Masters:
             return
         grads = [weight.grad for weight in self.weights]
         optimizer.zero_grad(set_to_none=True)
+        # room for one weight at a time; on a CPU memory that is new costs as much time as the rest
+        most = max(
+            (p.numel() for p, lower in zip(self.compute, self.lower, strict=True) if lower is not None), default=0
+        )
+        room = torch.empty(most, dtype=torch.float32, device=self.weights[0].device)
         # an optimizer passes over weights without a gradient, so each call takes the one weight that has memory
         for number, weight in enumerate(self.weights):
             weight.grad, grads[number] = grads[number], None
             if weight.grad is None:
                 continue
-            upper, lower, storage = self.compute[number], self.lower[number], weight.untyped_storage()
+            upper, lower, shell = self.compute[number], self.lower[number], weight.data
             if lower is None:
                 optimizer.step()
             else:
-                storage.resize_(weight.numel() * weight.element_size())
+                weight.data = room[: weight.numel()].view(weight.shape)
                 join(upper.data, lower, weight.data)
                 optimizer.step()
                 split(weight.data, upper.data, lower)
-                storage.resize_(0)
+                weight.data = shell
             weight.grad = None
 
     def clear_gradients(self) -> None:
