@@ -13,7 +13,8 @@ SHARE = 0.2
 @dataclass(frozen=True)
 class Flipped:
     """The rules' verdicts, with `share` of those of a call turned round: the nearest whole number of them, by a hash of prompt,
-    text and place, so that neither the order of groups nor the run's seed matters.
+    text and place, so that neither the order of groups nor the run's seed matters. A prompt may have several groups, as it has
+    where judges are calibrated; a text that stands in several at the same place is one verdict.
     """
 
     share: float = SHARE
@@ -25,15 +26,15 @@ class Flipped:
     def judge(self, groups: Sequence[Group], context: JudgeContext) -> list[Judgement]:
         """One judgement per group, of scores 0 and 1."""
         true = make_judge(VerifierRecipe(kind="verifier", score="all")).judge(groups, context)
-        places = [
-            (derive_seed("flip", group.prompt.id, completion.text, k), group.prompt.id, k)
+        drawn = [
+            [derive_seed("flip", group.prompt.id, completion.text, k) for k, completion in enumerate(group.completions)]
             for group in groups
-            for k, completion in enumerate(group.completions)
         ]
-        flipped = {place[1:] for place in sorted(places)[: round(self.share * len(places))]}
+        order = sorted({seed for own in drawn for seed in own})
+        flipped = set(order[: round(self.share * len(order))])
         return [
-            replace(one, scores=tuple(turned(s, (one.prompt_id, k) in flipped) for k, s in enumerate(one.scores)))
-            for one in true
+            replace(one, scores=tuple(turned(s, seed in flipped) for s, seed in zip(one.scores, own, strict=True)))
+            for one, own in zip(true, drawn, strict=True)
         ]
 
 

@@ -63,6 +63,12 @@ def test_exactly_the_stated_share_of_verdicts_is_flipped_whatever_the_order_of_g
     assert [one.scores for one in backwards] == [one.scores for one in noisy]
 
 
+def test_a_flipped_verdict_flips_no_other_group_of_its_prompt() -> None:
+    asked = [group("Prompt.", f"one two three {n}", "one") for n in range(50)]
+    passing = [one.scores[0] for one in Flipped(0.2).judge(asked, rounds_context())]
+    assert passing.count(0.0) in (9, 10), "10 of 51 texts are flipped, and one of them fails in every group"
+
+
 def rounds_context() -> Any:
     from selfplay import JudgeContext
 
