@@ -68,7 +68,7 @@ test: $(VENV)/.test ## the tests, but for the next two; no network
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not vllm and not slow"
 
 # One at a time, for many start several processes.
-test-slow: $(VENV)/.test ## the long ones: two processes that train, memory, experiments, the peers of the benchmarks
+test-slow: $(VENV)/.test ## the long ones: processes that train, kills, memory, experiments, the peers of the benchmarks
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 test-vllm: ## the tests on the real vLLM engine; fails where there is none

@@ -20,6 +20,7 @@ from selfplay.types import PreferencePair
 RIG: dict[str, Any] = {"max_steps": 3}
 
 
+@pytest.mark.slow
 def test_a_child_that_is_asked_to_stop_leaves_a_checkpoint_and_the_next_one_goes_on(
     tiny: Path, pairs: Sequence[PreferencePair], tmp_path: Path, fault: Callable[[str | None], None]
 ) -> None:

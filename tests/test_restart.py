@@ -30,6 +30,7 @@ def records(job: TrainJob) -> list[Any]:
     return store.read_json_lines(Path(job.out) / "train" / "restarts.jsonl")
 
 
+@pytest.mark.slow
 def test_a_child_that_is_killed_goes_on_from_its_last_checkpoint_by_itself(
     job: TrainJob,
     tiny: Path,
@@ -48,6 +49,7 @@ def test_a_child_that_is_killed_goes_on_from_its_last_checkpoint_by_itself(
         assert (Path(job.out) / name).read_bytes() == (tmp_path / "here/out" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_child_that_is_killed_twice_at_the_same_step_is_not_started_a_third_time(
     job: TrainJob, fault: Callable[[str | None], None]
 ) -> None:

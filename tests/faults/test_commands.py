@@ -107,6 +107,7 @@ def test_how_often_checkpoints_are_written_may_change_in_a_run_and_nothing_else_
     assert names == ["step-000001", "step-000002"]
 
 
+@pytest.mark.slow
 def test_a_run_of_several_sources_that_is_killed_ends_as_an_undisturbed_one(
     tiny: Path, tmp_path: Path, fault: Fault
 ) -> None:
