@@ -83,3 +83,4 @@ def test_what_a_judge_of_the_users_own_reads_is_not_asked(tiny: Path, tmp_path: 
 
     path = write_recipe(tmp_path, tiny, rounds=1, judge={"kind": "rouge_l"})
     selfplay.iterate(path, tmp_path / "run", judge=selfplay.pointwise(longer))
+    assert (tmp_path / "run" / "round-000" / "round.json").exists()
