@@ -272,6 +272,10 @@ class SourceView(Recipe):
         pairs = self.pairs
         if not pairs.reads_scores and self.judge is not None:
             raise ValueError(f"pairs.kind {pairs.kind} reads no scores: remove the judge (evaluate.judge is fine)")
+        if self.evaluate.judge is not None and self.has_prompts and self.prompts.heldout is None:
+            raise ValueError(
+                "evaluate.judge: prompts.heldout names no prompts that it could judge; name some, or leave it out"
+            )
         counts, k = self.generator.num_completions, pairs.k if isinstance(pairs, TopKVsBottomKRecipe) else 0
         for round in range(rounds_that_differ(counts, k)):
             count, least = at_round(counts, round), pairs.min_completions

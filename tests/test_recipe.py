@@ -256,10 +256,18 @@ def test_a_selector_of_scores_needs_a_judge_and_spin_needs_none() -> None:
 
 
 def test_the_panel_asks_its_own_judge_or_the_runs() -> None:
-    own = check_recipe(small(evaluate={"judge": {"kind": "coin"}}), "r.yaml")
+    prompts = {"source": "p.jsonl", "deal": "same", "heldout": 0.1}
+    own = check_recipe(small(prompts=prompts, evaluate={"judge": {"kind": "coin"}}), "r.yaml")
     assert own.heldout_judge is own.evaluate.judge
     shared = check_recipe(small(), "r.yaml")
     assert isinstance(shared.heldout_judge, VerifierRecipe)
+
+
+def test_a_panel_judge_without_held_out_prompts_is_refused() -> None:
+    prompts = {"source": "some/set", "deal": "same"}
+    with pytest.raises(RecipeError, match=r"evaluate\.judge: prompts\.heldout names no prompts"):
+        check_recipe(small(prompts=prompts, evaluate={"judge": {"kind": "coin"}}), "r.yaml")
+    assert check_recipe({"model": "m", "evaluate": {"judge": {"kind": "coin"}}}, "r.yaml").evaluate.judge is not None
 
 
 def test_a_warmup_ratio_of_one_or_more_is_refused() -> None:

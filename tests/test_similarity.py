@@ -106,7 +106,7 @@ def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
 def test_a_recipe_names_the_encoder_beside_it(tmp_path: Path) -> None:
     (tmp_path / "encoder").mkdir()
     (tmp_path / "r.yaml").write_text(
-        "model: m\nprompts: {source: p.jsonl, deal: same}\npairs: {kind: gold_vs_completion}\n"
+        "model: m\nprompts: {source: p.jsonl, deal: same, heldout: 0.1}\npairs: {kind: gold_vs_completion}\n"
         "evaluate: {judge: {kind: similarity, model: encoder}}\n"
     )
     judge = load_recipe(tmp_path / "r.yaml").evaluate.judge
