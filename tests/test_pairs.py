@@ -15,6 +15,7 @@ from selfplay.pairs import (
     BestVsRandom,
     BestVsWorst,
     GoldVsCompletion,
+    Selection,
     TopKVsBottomK,
     WinRates,
     make_pair,
@@ -54,6 +55,18 @@ def judged_groups(draw: st.DrawFn) -> tuple[list[Group], list[Judgement]]:
         scores = draw(st.lists(SCORE, min_size=len(texts), max_size=len(texts)))
         judgements.append(Judgement(f"p{n}", tuple(scores)))
     return groups, judgements
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcd"), st.integers(0, 2))))
+def test_prompts_with_a_pair_are_counted_once_whatever_the_order(rows: list[tuple[str, int]]) -> None:
+    group = group_of(["a", "b"])
+    pair = make_pair(group, chosen=0, rejected=1, judgement=None)
+    pairs = [dataclasses.replace(pair, prompt_id=id, origin_round=round) for id, round in rows]
+    selection = Selection(pairs, ())
+    assert selection.num_prompts == len({id for id, _ in rows})
+    for round in range(3):
+        assert selection.num_own_prompts(round) == len({id for id, origin in rows if origin == round})
+        assert selection.num_before(round) == sum(origin < round for _, origin in rows)
 
 
 @given(judged_groups(), st.sampled_from([0.0, 0.3, 2.0]), st.integers(1, 3))

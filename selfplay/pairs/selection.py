@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import repeat
+from itertools import chain, repeat
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -37,12 +37,18 @@ class Selection:
     @cached_property
     def _numbers(self) -> tuple[int, dict[int, tuple[int, int]]]:
         """The prompts that have a pair, and by the round that pairs stem from: (pairs, prompts that have one)."""
+        pairs: Counter[int] = Counter()
         ids: dict[int, array[int]] = {}
         for pair in self.pairs:
-            ids.setdefault(pair.origin_round, array("Q")).append(id_number(pair.prompt_id))
-        prompts = {round: np.unique(np.frombuffer(found, "u8")) for round, found in ids.items()}
-        num_prompts = len(np.unique(np.concatenate([*prompts.values(), np.array([], "u8")])))
-        return num_prompts, {round: (len(found), len(prompts[round])) for round, found in ids.items()}
+            pairs[pair.origin_round] += 1
+            found, id = ids.setdefault(pair.origin_round, array("Q")), id_number(pair.prompt_id)
+            if not found or found[-1] != id:  # the pairs of a prompt mostly stand together
+                found.append(id)
+        prompts = {round: _num_distinct(found) for round, found in ids.items()}
+        num_prompts = sum(prompts.values())
+        if len(ids) > 1:
+            num_prompts = _num_distinct(array("Q", chain.from_iterable(ids.values())))
+        return num_prompts, {round: (pairs[round], count) for round, count in prompts.items()}
 
     @property
     def num_prompts(self) -> int:
@@ -56,6 +62,13 @@ class Selection:
     def num_before(self, round: int) -> int:
         """The pairs of earlier rounds."""
         return sum(pairs for origin, (pairs, _) in self._numbers[1].items() if origin < round)
+
+
+def _num_distinct(numbers: "array[int]") -> int:
+    """How many different ones there are. It sorts them where they are: a copy would be as large again."""
+    found = np.frombuffer(numbers, "u8")
+    found.sort()
+    return len(found) and 1 + int(np.count_nonzero(found[1:] != found[:-1]))
 
 
 def id_number(id: str) -> int:
