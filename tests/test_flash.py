@@ -1,0 +1,115 @@
+"""The layout that the flash kernel gets, with attention written out in the kernel's place; the kernel itself needs a GPU."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from selfplay.train import flash
+from selfplay.train.attention import marked_mask, mask_blocks, sdpa_blocks
+from selfplay.train.flash import Layout
+
+CPU = torch.device("cpu")
+ROWS = [(9, 4, 7), (5,), (6, 3), (16,)]  # two rows of 25 places: prompts, their completions, a padding
+
+
+def written_out(
+    q_THD: Tensor, k_XKD: Tensor, v_XKD: Tensor, scale: float, where: Layout, *, lower_right: bool
+) -> Tensor:
+    """What the kernel's documentation says, list by list; from the upper left as well, as it is not."""
+    outs = []
+    for n in range(len(where.query_ends_N) - 1):
+        queries, keys = (slice(int(ends[n]), int(ends[n + 1])) for ends in (where.query_ends_N, where.key_ends_N))
+        q, k, v = q_THD[queries], *(x[keys].repeat_interleave(q_THD.shape[1] // x.shape[1], 1) for x in (k_XKD, v_XKD))
+        offset = len(k) - len(q) if lower_right else 0
+        distance = torch.arange(len(q))[:, None] + offset - torch.arange(len(k))
+        hidden = distance < 0 if where.window is None else (distance < 0) | (distance >= where.window)
+        scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+        outs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, float("-inf")).softmax(-1), v))
+    return torch.cat(outs)
+
+
+@pytest.fixture(params=[True])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Puts that in the kernel's place."""
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, where: Layout) -> list[Tensor]:
+        return [written_out(q, k, v, scale, where, lower_right=request.param), *(torch.zeros(1) for _ in range(3))]
+
+    def backward(
+        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, rest: Sequence[Tensor], scale: float, where: Layout
+    ) -> Any:
+        with torch.enable_grad():
+            inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+            again = written_out(*inputs, scale, where, lower_right=request.param)
+            return torch.autograd.grad(again, inputs, grad)
+
+    monkeypatch.setattr(flash, "kernel_forward", forward)
+    monkeypatch.setattr(flash, "kernel_backward", backward)
+    flash.agrees.cache_clear()
+    yield
+    flash.agrees.cache_clear()
+
+
+@pytest.mark.parametrize("window", [None, 6])
+def test_the_lists_of_keys_give_the_attention_and_the_gradients_of_the_blocks(kernel: None, window: int | None) -> None:
+    blocks = mask_blocks(marked_mask(ROWS, rows=2, window=window, device=CPU))
+    draw = torch.Generator().manual_seed(0)
+    q, k, v, grad = (torch.randn(50, heads, 8, generator=draw) for heads in (4, 2, 2, 4))
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    out = flash.attend(q, k, v, 0.3, blocks.layout)
+    wanted = sdpa_blocks(*(x.transpose(0, 1) for x in inputs), 0.3, blocks)
+    torch.testing.assert_close(out, wanted)
+    torch.testing.assert_close(torch.autograd.grad(out, inputs, grad), torch.autograd.grad(wanted, inputs, grad))
+
+
+@pytest.mark.parametrize("windowed", [False, True])
+def test_a_kernel_that_does_what_it_should_is_taken(kernel: None, windowed: bool) -> None:
+    assert flash.agrees(4, 2, 16, torch.bfloat16, CPU, windowed=windowed)
+
+
+@pytest.mark.parametrize("kernel", [False], indirect=True)
+@pytest.mark.parametrize("windowed", [False, True])
+def test_a_kernel_that_counts_from_the_first_key_is_not_taken(kernel: None, windowed: bool) -> None:
+    assert not flash.agrees(4, 2, 16, torch.bfloat16, CPU, windowed=windowed)
+
+
+def test_a_device_without_the_kernel_does_without_it() -> None:
+    flash.agrees.cache_clear()
+    assert not flash.agrees(4, 2, 16, torch.bfloat16, CPU)
+    query, key = torch.randn(1, 4, 7, 16, dtype=torch.bfloat16), torch.randn(1, 2, 7, 16, dtype=torch.bfloat16)
+    assert not flash.takes(query, key, key, window=None)
+
+
+def test_the_trial_keeps_out_of_what_a_checkpointed_layer_counts(kernel: None) -> None:
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        assert flash.agrees(4, 2, 16, torch.bfloat16, CPU)
+    assert not kept
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("windowed", [False, True])
+@pytest.mark.parametrize(("heads", "groups", "size"), [(32, 8, 128), (32, 8, 64), (9, 3, 64), (8, 8, 96)])
+def test_a_gpu_takes_the_kernel(heads: int, groups: int, size: int, windowed: bool) -> None:
+    flash.agrees.cache_clear()
+    assert flash.agrees(heads, groups, size, torch.bfloat16, torch.device("cuda", 0), windowed=windowed)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("window", [None, 6])
+def test_on_a_gpu_torch_s_own_attention_gives_the_same_in_fp32(window: int | None) -> None:
+    draw = torch.Generator().manual_seed(0)
+    drawn = [torch.randn(heads, 50, 16, generator=draw) for heads in (4, 2, 2)]
+    found = []
+    for device in (CPU, torch.device("cuda", 0)):
+        blocks = mask_blocks(marked_mask(ROWS, rows=2, window=window, device=device))
+        found.append(sdpa_blocks(*(x.to(device) for x in drawn), 0.3, blocks).cpu())
+    torch.testing.assert_close(*found)
