@@ -127,7 +127,8 @@ def packed_attention(
     stored = sum((b.end - b.start) * (b.num_shared + b.end - b.start) for b in blocks.parts)
     # the rows one behind another: the places of blocks count through all of them
     if flash.takes(query, key, value, window=blocks.window):
-        out = flash.attend(*(x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)), scale, blocks.layout)
+        q_THD, k_TKD, v_TKD = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+        out = flash.attend(q_THD, k_TKD, v_TKD, scale, blocks.layout)
         return out.view(query.shape[0], -1, *out.shape[1:]), None
     q_HTD, k_KTD, v_KTD = (x.transpose(0, 1).flatten(1, 2) for x in (query, key, value))
     if query.device.type == "cpu" and stored <= MAX_STORED_KEYS * q_HTD.shape[1]:

@@ -51,9 +51,9 @@ def layout(spans: Sequence[tuple[int, int, int, int]], *, window: int | None, de
         queries.append(queries[-1] + own)
         keys.append(before + shared + own)
         most_queries, most_keys = max(most_queries, own), max(most_keys, shared + own)
-    ends = [torch.tensor(ends, dtype=torch.int32).to(device) for ends in (queries, keys)]
-    indices = [torch.cat(parts).to(device) for parts in (places, owns, shareds)]
-    return Layout(*indices, *ends, most_queries, most_keys, window)
+    query_ends_N, key_ends_N = (torch.tensor(ends, dtype=torch.int32).to(device) for ends in (queries, keys))
+    place_X, own_T, shared_S = (torch.cat(parts).to(device) for parts in (places, owns, shareds))
+    return Layout(place_X, own_T, shared_S, query_ends_N, key_ends_N, most_queries, most_keys, window)
 
 
 def takes(query: Tensor, key: Tensor, value: Tensor, *, window: int | None) -> bool:
@@ -84,14 +84,13 @@ def agrees(
     # a layer that is checkpointed counts what is kept: hooks of its own keep the trial out of that
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda kept: kept, lambda kept: kept):
         for exact in (False, True):
-            q, k, v = (x.float() if exact else x.clone() for x in drawn[:3])
-            inputs = [x.requires_grad_() for x in (q, k, v)]
+            q, k, v = ((x.float() if exact else x.clone()).requires_grad_() for x in drawn[:3])
             try:
                 if exact:
-                    out = sdpa_blocks(*(x.transpose(0, 1) for x in inputs), scale, blocks)
+                    out = sdpa_blocks(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), scale, blocks)
                 else:
                     out = attend(q, k, v, scale, blocks.layout)
-                grads = torch.autograd.grad(out, inputs, drawn[3].to(out.dtype))
+                grads = torch.autograd.grad(out, (q, k, v), drawn[3].to(out.dtype))
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError:
