@@ -166,9 +166,9 @@ def test_a_dry_run_says_what_each_process_holds(tiny: Path, tmp_path: Path, caps
 # Starts a command on "machines" that are all this one, as SLURM would on several; one that fails ends the others.
 SRUN = """#!{python}
 import os, signal, subprocess, sys
-assert sys.argv[1:6] == ["--nodes", "2", "--ntasks-per-node", "1", "--kill-on-bad-exit=1"], sys.argv
+assert sys.argv[1:7] == ["--nodes", "2", "--ntasks-per-node", "1", "--cpu-bind=none", "--kill-on-bad-exit=1"], sys.argv
 nodes = [
-    subprocess.Popen(sys.argv[6:], env=os.environ | {{"SLURM_NODEID": str(n)}}, stdin=subprocess.DEVNULL) for n in range(2)
+    subprocess.Popen(sys.argv[7:], env=os.environ | {{"SLURM_NODEID": str(n)}}, stdin=subprocess.DEVNULL) for n in range(2)
 ]
 _, status = os.wait()
 if status:

@@ -70,8 +70,9 @@ class Devices:
         launch = [*options, "-m", module, *arguments]
         if self.num_machines == 1:
             return [*wrapper, *launch]
-        spread = ["srun", "--nodes", str(self.num_machines), "--ntasks-per-node", "1", "--kill-on-bad-exit=1"]
-        return [*spread, *wrapper, "--main_process_ip", socket.gethostname(), *launch]
+        # one task starts all processes of a machine: some clusters would bind it, and so them, to a core
+        spread = ["srun", "--nodes", str(self.num_machines), "--ntasks-per-node", "1", "--cpu-bind=none"]
+        return [*spread, "--kill-on-bad-exit=1", *wrapper, "--main_process_ip", socket.gethostname(), *launch]
 
 
 def free_port() -> int:

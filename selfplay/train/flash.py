@@ -59,9 +59,9 @@ def layout(spans: Sequence[tuple[int, int, int, int]], *, window: int | None, de
 def takes(query: Tensor, key: Tensor, value: Tensor, *, window: int | None) -> bool:
     """Whether the kernel takes such tensors, (..., H or K, ..., D), and gives what it should on a trial."""
     heads, groups, size = query.shape[1], key.shape[1], query.shape[-1]
-    if query.device.type != "cuda" or query.dtype not in DTYPES or size != value.shape[-1]:
+    if query.device.type != "cuda" or query.dtype not in DTYPES or not query.dtype == key.dtype == value.dtype:
         return False
-    if size % HEAD_STEP or size > MAX_HEAD_SIZE:
+    if size != value.shape[-1] or size % HEAD_STEP or size > MAX_HEAD_SIZE:
         return False
     return agrees(heads, groups, size, query.dtype, query.device, windowed=window is not None)
 
