@@ -1,15 +1,21 @@
 """The layout that the flash kernel gets, with attention written out in the kernel's place; the kernel itself needs a GPU."""
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from jobs import random_pairs
+from tiny import make_tiny_model
 from torch import Tensor
 
 from selfplay.train import flash
 from selfplay.train.attention import marked_mask, mask_blocks, sdpa_blocks
 from selfplay.train.flash import Layout
+from selfplay.train.logps import TokenLogps
+from selfplay.train.model import load_model
+from selfplay.train.pack import build_packs
 
 CPU = torch.device("cpu")
 ROWS = [(9, 4, 7), (5,), (6, 3), (16,)]  # two rows of 25 places: prompts, their completions, a padding
@@ -93,6 +99,47 @@ def test_the_trial_keeps_out_of_what_a_checkpointed_layer_counts(kernel: None) -
     with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         assert flash.agrees(4, 2, 16, torch.bfloat16, CPU)
     assert not kept
+
+
+def gradient(folder: Path, device: torch.device, dtype: torch.dtype, *, checkpointing: bool) -> Tensor:
+    """That of the summed logps of two rows of packs, in fp32 on the CPU."""
+    model = load_model(str(folder), gradient_checkpointing=checkpointing).to(device, dtype)
+    rows = random_pairs(prompt_length=30, length=20)
+    (pack,) = build_packs(rows, range(len(rows)), max_pack_tokens=2048, shared=True, max_pack_length=90)
+    assert len(pack.input_ids_RT) > 1
+    TokenLogps(model)(pack.to(device)).sum().backward()
+    return torch.cat([p.grad.flatten().float().cpu() for p in model.parameters()])
+
+
+FAMILIES = {"llama": {}, "qwen2": {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_that_is_given_the_kernel_has_the_gradient_of_one_that_is_not(
+    kernel: None, family: str, checkpointing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_tiny_model(tmp_path / family, family=family, **FAMILIES[family])
+    wanted, asked = gradient(folder, CPU, torch.float32, checkpointing=False), list[int | None]()
+
+    def takes(query: Tensor, key: Tensor, value: Tensor, *, window: int | None) -> bool:
+        asked.append(window)
+        return True
+
+    monkeypatch.setattr(flash, "takes", takes)
+    found = gradient(folder, CPU, torch.float32, checkpointing=checkpointing)
+    assert len(asked) == (4 if checkpointing else 2)
+    assert (16 in asked) == (family == "qwen2")
+    assert (found - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_in_bf16_on_a_gpu_has_the_gradient_of_one_in_fp32(family: str, tmp_path: Path) -> None:
+    folder = make_tiny_model(tmp_path / family, family=family, **FAMILIES[family])
+    wanted = gradient(folder, CPU, torch.float32, checkpointing=False)
+    found = gradient(folder, torch.device("cuda", 0), torch.bfloat16, checkpointing=False)
+    assert (found - wanted).norm() <= 0.1 * wanted.norm()  # bf16 rounds the weights too; a wrong mask is off by half
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
