@@ -139,7 +139,8 @@ def test_a_model_in_bf16_on_a_gpu_has_the_gradient_of_one_in_fp32(family: str, t
     folder = make_tiny_model(tmp_path / family, family=family, **FAMILIES[family])
     wanted = gradient(folder, CPU, torch.float32, checkpointing=False)
     found = gradient(folder, torch.device("cuda", 0), torch.bfloat16, checkpointing=False)
-    assert (found - wanted).norm() <= 0.1 * wanted.norm()  # bf16 rounds the weights too; a wrong mask is off by half
+    # on a CPU bf16, which rounds the weights too, gives 0.08 and 0.11; a completion that doesn't see its prompt 1.2
+    assert (found - wanted).norm() <= 0.25 * wanted.norm()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -144,7 +144,7 @@ def sdpa_blocks(q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, scale: float, block
     counts = [block.end - block.start for block in blocks.parts]
     groups = len(q_HTD) // len(k_KTD)
     if groups > 1 and q_HTD.device.type != "cpu":
-        # Beside a mask CUDA's fused kernels want a key head for each query head, else torch takes one that keeps all scores.
+        # beside a mask not every release has a fused kernel that shares key heads; without one torch keeps all scores
         k_KTD, v_KTD = (x.repeat_interleave(groups, 0) for x in (k_KTD, v_KTD))
     for block, hidden_qk, q_HqD in zip(blocks.parts, blocks.hidden, torch.split(q_HTD, counts, 1), strict=True):
         o_1HqD = F.scaled_dot_product_attention(

@@ -1,9 +1,9 @@
 """Attention over packs on CUDA: all blocks of a pack in one call of the flash kernel that torch brings.
 
-torch's scaled_dot_product_attention is no way there: with a mask it has no kernel that shares key heads, so it copies them or
-holds all scores, on Hopper it may build a cuDNN plan for every new pair of lengths, and a call for each block keeps a GPU
-waiting for Python. The kernel takes lists of queries and keys one behind another, the last query of a list beside its last key:
-a completion's list of keys is its prompt, then itself, which is what it may see.
+torch's scaled_dot_product_attention is no way there: beside a mask few of its kernels share key heads, and where none does it
+holds all scores; on Hopper it may build a cuDNN plan for every new pair of lengths; and a call for each block keeps a GPU
+waiting for Python. The kernel takes lists of queries and keys one behind another, the last query of a list beside its last
+key: a completion's list of keys is its prompt, then itself, which is what it may see.
 Shapes: N blocks, T tokens, X keys of all blocks, S of them those of a prompt, H query heads, K key heads, D head size.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 DTYPES = (torch.bfloat16, torch.float16)
 MAX_HEAD_SIZE, HEAD_STEP = 256, 8  # the kernel's
-AGREES = 0.02  # relative L2 of outputs and gradients; rounding to bf16 gives 0.003, a wrong mask 0.3 or more
+AGREES = 0.05  # relative L2 of outputs and gradients; rounding to bf16 gives 0.005, counting from the first key 0.7
 
 
 @dataclass(frozen=True, slots=True, eq=False)
