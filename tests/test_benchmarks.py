@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,12 @@ PROGRAM = 'import json, sys; print(json.dumps({"seconds": 1.0, "peer": sys.argv[
 
 
 def ask(code: str) -> str:
-    """What code prints that sees the benchmarks' modules."""
-    command = [sys.executable, "-c", code, PROGRAM]
-    return subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+    """What code prints that sees the benchmarks' modules, which write to a folder of their own."""
+    with tempfile.TemporaryDirectory() as out:
+        before = f"import machine, pathlib; machine.OUT = pathlib.Path({out!r})\n"
+        command = [sys.executable, "-c", before + code, PROGRAM]
+        done = subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()[-1]
 
 
 def test_peers_run_in_turn_and_what_time_does_not_allow_is_named_in_one_line() -> None:
