@@ -10,6 +10,7 @@ from selfplay import store
 from selfplay.errors import RecipeError
 from selfplay.train import kl, place
 from selfplay.train.kl import KLJob, run_kl
+from selfplay.train.model import load_model, probe
 from selfplay.train.place import moved
 from selfplay.types import Completion, Group, Prompt
 
@@ -47,6 +48,19 @@ def test_weights_that_all_train_move_in_fp32_whatever_is_free(monkeypatch: pytes
     model = half_frozen().requires_grad_()
     assert moved(model, META, bf16=True, look=lambda at: at) == META
     assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_the_probe_computes_in_fp32_where_the_environment_asks_for_less(tiny: Path) -> None:
+    model, seen = load_model(str(tiny)), set[str]()
+    model.register_forward_pre_hook(lambda *_: seen.add(torch.get_float32_matmul_precision()))
+    model.base_model.register_forward_pre_hook(lambda *_: seen.add(torch.get_float32_matmul_precision()))
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert probe(model, CPU)[0]
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert seen == {"highest"}
 
 
 def test_an_initial_policy_that_is_too_large_to_score_names_the_field(
