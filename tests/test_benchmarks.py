@@ -1,7 +1,9 @@
 """The benchmarks' own arithmetic, without timing anything."""
 
+import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,12 @@ PROGRAM = 'import json, sys; print(json.dumps({"seconds": 1.0, "peer": sys.argv[
 
 
 def ask(code: str) -> str:
-    """What code prints that sees the benchmarks' modules."""
-    command = [sys.executable, "-c", code, PROGRAM]
-    return subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+    """What code prints that sees the benchmarks' modules, which write to a folder of their own."""
+    with tempfile.TemporaryDirectory() as out:
+        before = f"import machine, pathlib; machine.OUT = pathlib.Path({out!r})\n"
+        command = [sys.executable, "-c", before + code, PROGRAM]
+        done = subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()[-1]
 
 
 def test_peers_run_in_turn_and_what_time_does_not_allow_is_named_in_one_line() -> None:
@@ -93,6 +98,56 @@ def test_a_peer_that_can_not_run_is_asked_once_and_named_with_the_reason() -> No
         "print({k: len(v) for k, v in found.items()}, left, asked)"
     )
     assert ask(code) == "{'a': 2} ['b: vllm not installed'] ['b', 'a', 'a']"
+
+
+def test_a_peer_that_fails_is_asked_once_and_loses_neither_the_others_nor_the_runs_before_it(tmp_path: Path) -> None:
+    log = tmp_path / "new" / "runs.jsonl"
+    code = (
+        "import pathlib, sys; from measured import interleaved\n"
+        "commands = {'a': ['-c', sys.argv[1], 'a'], 'b': ['-c', 'raise ValueError(7)'], 'c': ['-c', sys.argv[1], 'c']}\n"
+        f"found, left = interleaved(commands, 2, seconds=1e9, log=pathlib.Path({str(log)!r}))\n"
+        "print({k: len(v) for k, v in found.items()}, left)"
+    )
+    assert ask(code) == "{'a': 2, 'c': 2} ['b: failed: ValueError: 7']"
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [(row["peer"], row["run"]) for row in rows] == [("a", 1), ("b", 1), ("c", 1), ("a", 2), ("c", 2)]
+    assert [row.get("left_out") for row in rows] == [None, "failed: ValueError: 7", None, None, None]
+
+
+def test_nothing_is_begun_after_the_seconds_of_a_slice_and_a_failure_is_in_the_exit_code(tmp_path: Path) -> None:
+    code = (
+        "import argparse, pathlib, sys, bench\n"
+        "from machine import Setup\n"
+        "now, budgets = [0.0], []\n"
+        "bench.time.monotonic = lambda: now[0]\n"
+        f"bench.OUT = pathlib.Path({str(tmp_path)!r})\n"
+        "bench.make_setup = lambda device, size, optim: Setup('m', device, size, optim or 'adamw_torch')\n"
+        "bench.gemm_rate = lambda device: 1e9\n"
+        "for name in ('print_training', 'print_others', 'print_left_out'): setattr(bench, name, lambda *given: None)\n"
+        "def measured(id, *given, budget, **others):\n"
+        "    budgets.append(budget); now[0] += 300.0\n"
+        "    return {'id': id, 'left_out': ['naive: failed: it'] if id == 'memory-double' else []}\n"
+        "bench.measured = measured\n"
+        "def run(*given):\n"
+        "    sys.argv = ['bench.py', *given, '--full', '--size', 'tiny', '--optim', 'rmsprop']\n"
+        "    try: bench.main()\n"
+        "    except SystemExit as end: return bool(end.code)\n"
+        "ends = [run('train-pair', 'memory-double', 'scale', '--seconds', '500'), run('train-pair')]\n"
+        "print(budgets, ends)"
+    )
+    assert ask(code) == "[500.0, 200.0, inf] [True, False]"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["memory-double-tiny.json", "train-pair-tiny.json"]
+    assert json.loads((tmp_path / "train-pair-tiny.json").read_text())["setup"]["optim"] == "rmsprop"
+
+
+def test_gradients_are_compared_without_the_package_of_an_optimizer() -> None:
+    code = (
+        "import machine\n"
+        "machine.model_folder = lambda size, **given: size\n"
+        "setup = machine.make_setup('cuda', '8b')\n"
+        "print(setup.optim, machine.checked(setup).optim, machine.make_setup('cuda', '8b', 'adamw_torch').optim)"
+    )
+    assert ask(code) == "adamw_bnb_8bit adamw_torch adamw_torch"
 
 
 def test_the_packages_that_a_peer_needs_are_known_before_it_runs() -> None:

@@ -142,6 +142,14 @@ def test_several_machines_need_slurm_and_that_is_said_at_the_start(
     monkeypatch.setenv("PATH", str(tmp_path))
     assert main(command) == 64
     assert "with srun, which is not found here" in capsys.readouterr().err
+    (tmp_path / "srun").write_text("#!/bin/sh\n")
+    (tmp_path / "srun").chmod(0o755)
+    for node in (None, "1"):
+        monkeypatch.delenv("SLURM_NODEID", raising=False)
+        if node is not None:
+            monkeypatch.setenv("SLURM_NODEID", node)
+        assert main(command) == 64
+        assert "meet on the first one of the job" in capsys.readouterr().err
     assert not (run / "recipe.yaml").exists()
     files = {"launched": tmp_path / "launched", "failed": tmp_path / "failed"}
     assert read_devices("fsdp2_nodes").command("m", [], **files)[:3] == ["srun", "--nodes", "2"]
@@ -158,9 +166,9 @@ def test_a_dry_run_says_what_each_process_holds(tiny: Path, tmp_path: Path, caps
 # Starts a command on "machines" that are all this one, as SLURM would on several; one that fails ends the others.
 SRUN = """#!{python}
 import os, signal, subprocess, sys
-assert sys.argv[1:6] == ["--nodes", "2", "--ntasks-per-node", "1", "--kill-on-bad-exit=1"], sys.argv
+assert sys.argv[1:7] == ["--nodes", "2", "--ntasks-per-node", "1", "--cpu-bind=none", "--kill-on-bad-exit=1"], sys.argv
 nodes = [
-    subprocess.Popen(sys.argv[6:], env=os.environ | {{"SLURM_NODEID": str(n)}}, stdin=subprocess.DEVNULL) for n in range(2)
+    subprocess.Popen(sys.argv[7:], env=os.environ | {{"SLURM_NODEID": str(n)}}, stdin=subprocess.DEVNULL) for n in range(2)
 ]
 _, status = os.wait()
 if status:
@@ -179,6 +187,7 @@ def test_two_machines_train_as_one_process_does(
     (tmp_path / "bin/srun").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_NODEID", "0")
     recipe = write_recipe(tmp_path, tiny)
     (tmp_path / "two.yaml").write_text(yaml.safe_dump({**CPU, "num_machines": 2}))
     store.write_records(tmp_path / "pairs.jsonl", random_pairs(num_prompts=5), PreferencePair)

@@ -1,35 +1,38 @@
 """Attention over packs, block by block: a completion's queries meet its prompt and itself, and nothing else is computed.
 
 A dense mask over a pack of T tokens costs T x T, most of it for pairs of places that don't see each other. Transformers
-calls `packed_attention` under the name IMPLEMENTATION; the blocks travel with the mask, so models need no change.
+calls `packed_attention` under the name IMPLEMENTATION; the blocks travel with the mask, so models need no change. A GPU takes
+all blocks at once (flash.py).
 Shapes: B rows, H query heads, K key heads, G = H / K, T tokens, D head size, q queries and k keys of a block.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from selfplay.train import flash
+
 IMPLEMENTATION = "selfplay_packed"
 MARK = "blocks"  # the attribute that a pack's mask carries
 MAX_STORED_KEYS = 1024  # mean keys a query up to which a CPU keeps the probabilities for the backward pass
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class Block:
     """Queries at places start..end see keys of the prompt at prompt_start..prompt_end, then their own.
 
-    `hidden_qk` says which keys a query may not see. The block that is the prompt itself has no keys before its own.
+    The block that is the prompt itself has no keys before its own.
     """
 
     prompt_start: int
     prompt_end: int
     start: int
     end: int
-    hidden_qk: Tensor
 
     @property
     def num_shared(self) -> int:
@@ -41,27 +44,55 @@ class Block:
         own = x_KTD[:, self.start : self.end]
         return torch.cat([x_KTD[:, self.prompt_start : self.prompt_end], own], 1) if self.num_shared else own
 
+    def hidden_qk(self, window: int | None, device: torch.device) -> Tensor:
+        """Which keys a query may not see. A window counts positions, which run on from the prompt in every completion."""
+        shared, count = self.num_shared, self.end - self.start
+        query = torch.arange(shared, shared + count, device=device)[:, None]
+        key = torch.arange(shared + count, device=device)
+        return key > query if window is None else (key > query) | (query - key >= window)
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """Those of a pack, in the order of its places. What a way of attending needs beside them is made when it is asked for."""
+
+    parts: tuple[Block, ...]
+    window: int | None
+    device: torch.device
+
+    @cached_property
+    def hidden(self) -> tuple[Tensor, ...]:
+        """Which keys the queries of each block may not see, boolean, shapes (q, k)."""
+        return tuple(block.hidden_qk(self.window, self.device) for block in self.parts)
+
+    @cached_property
+    def layout(self) -> flash.Layout:
+        """What the flash kernel takes."""
+        spans = [(b.prompt_start, b.prompt_end, b.start, b.end) for b in self.parts]
+        return flash.layout(spans, window=self.window, device=self.device)
+
 
 def marked_mask(lengths: Sequence[Sequence[int]], *, rows: int, window: int | None, device: torch.device) -> Tensor:
     """What a model is given as its attention mask, shape (B, 1, T, T): no memory behind it, but the blocks with it.
 
-    `lengths` are those of each prompt and its completions, row after row, and cover every place of the B `rows`. A window
-    counts positions, which run on from the prompt in every completion.
+    `lengths` are those of each prompt and its completions, row after row, and cover every place of the B `rows`.
     """
     blocks: list[Block] = []
     place = 0
     for prompt, *completions in lengths:
         first = place
         for number, count in enumerate((prompt, *completions)):
-            shared = prompt if number else 0
-            query = torch.arange(shared, shared + count, device=device)[:, None]
-            key = torch.arange(shared + count, device=device)
-            hidden_qk = key > query if window is None else (key > query) | (query - key >= window)
-            blocks.append(Block(first, first + shared, place, place + count, hidden_qk))
+            blocks.append(Block(first, first + (prompt if number else 0), place, place + count))
             place += count
     mask = torch.zeros((), dtype=torch.bool, device=device).expand(rows, 1, place // rows, place // rows)
-    setattr(mask, MARK, tuple(blocks))
+    setattr(mask, MARK, Blocks(tuple(blocks), window, device))
     return mask
+
+
+def mask_blocks(mask: Tensor | None) -> Blocks:
+    """Those that such a mask carries."""
+    found: Blocks = getattr(mask, MARK)
+    return found
 
 
 def register() -> None:
@@ -86,34 +117,43 @@ def packed_attention(
 
     Without blocks on the mask it is transformers' own sdpa.
     """
-    blocks: tuple[Block, ...] | None = getattr(attention_mask, MARK, None)
-    if blocks is None:
+    if not hasattr(attention_mask, MARK):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         plain: Tensor = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)[0]
         return plain, None
+    blocks = mask_blocks(attention_mask)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    stored = sum((b.end - b.start) * (b.num_shared + b.end - b.start) for b in blocks)
+    stored = sum((b.end - b.start) * (b.num_shared + b.end - b.start) for b in blocks.parts)
     # the rows one behind another: the places of blocks count through all of them
+    if flash.takes(query, key, value, window=blocks.window):
+        q_THD, k_TKD, v_TKD = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+        out = flash.attend(q_THD, k_TKD, v_TKD, scale, blocks.layout)
+        return out.view(query.shape[0], -1, *out.shape[1:]), None
     q_HTD, k_KTD, v_KTD = (x.transpose(0, 1).flatten(1, 2) for x in (query, key, value))
     if query.device.type == "cpu" and stored <= MAX_STORED_KEYS * q_HTD.shape[1]:
-        out: Tensor = _StoredAttention.apply(q_HTD, k_KTD, v_KTD, scale, blocks)  # type: ignore[no-untyped-call]
+        out = _StoredAttention.apply(q_HTD, k_KTD, v_KTD, scale, blocks)  # type: ignore[no-untyped-call]
     else:
-        out = _sdpa_blocks(q_HTD, k_KTD, v_KTD, scale, blocks)
+        out = sdpa_blocks(q_HTD, k_KTD, v_KTD, scale, blocks)
     return out.view(query.shape[0], -1, *out.shape[1:]), None
 
 
-def _sdpa_blocks(q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, scale: float, blocks: tuple[Block, ...]) -> Tensor:
+def sdpa_blocks(q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, scale: float, blocks: Blocks) -> Tensor:
+    """Attention within blocks by torch's own, a call for each; shape (T, H, D)."""
     outs = []
-    counts = [block.end - block.start for block in blocks]
-    for block, q_HqD in zip(blocks, torch.split(q_HTD, counts, 1), strict=True):
+    counts = [block.end - block.start for block in blocks.parts]
+    groups = len(q_HTD) // len(k_KTD)
+    if groups > 1 and q_HTD.device.type != "cpu":
+        # beside a mask not every release has a fused kernel that shares key heads; without one torch keeps all scores
+        k_KTD, v_KTD = (x.repeat_interleave(groups, 0) for x in (k_KTD, v_KTD))
+    for block, hidden_qk, q_HqD in zip(blocks.parts, blocks.hidden, torch.split(q_HTD, counts, 1), strict=True):
         o_1HqD = F.scaled_dot_product_attention(
             q_HqD[None],
             block.keys(k_KTD)[None],
             block.keys(v_KTD)[None],
-            attn_mask=~block.hidden_qk,
+            attn_mask=~hidden_qk,
             scale=scale,
-            enable_gqa=q_HTD.shape[0] != k_KTD.shape[0],
+            enable_gqa=len(q_HTD) != len(k_KTD),
         )
         outs.append(o_1HqD[0])
     return torch.cat(outs, 1).transpose(0, 1)
@@ -127,22 +167,20 @@ class _StoredAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, scale: float, blocks: tuple[Block, ...]
-    ) -> Tensor:
+    def forward(ctx: Any, q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, scale: float, blocks: Blocks) -> Tensor:
         heads = len(q_HTD)
         out_THD = torch.empty(q_HTD.shape[1], heads, v_KTD.shape[-1], dtype=q_HTD.dtype)
         probabilities = []
-        for block, q in _queries(blocks, q_HTD, len(k_KTD)):
+        for (block, q), hidden_qk in zip(_queries(blocks.parts, q_HTD, len(k_KTD)), blocks.hidden, strict=True):
             count = block.end - block.start
             nothing = q.new_empty(1)
             scores = torch.baddbmm(nothing, q, block.keys(k_KTD).transpose(1, 2), beta=0, alpha=scale)
-            p_Hqk = scores.view(heads, count, -1).masked_fill_(block.hidden_qk, float("-inf")).softmax(-1)
+            p_Hqk = scores.view(heads, count, -1).masked_fill_(hidden_qk, float("-inf")).softmax(-1)
             out = torch.bmm(p_Hqk.view(len(k_KTD), -1, p_Hqk.shape[-1]), block.keys(v_KTD))
             out_THD[block.start : block.end] = out.view(heads, count, -1).transpose(0, 1)
             probabilities.append(p_Hqk)
         ctx.save_for_backward(q_HTD, k_KTD, v_KTD, *probabilities)
-        ctx.scale, ctx.blocks = scale, blocks
+        ctx.scale, ctx.blocks = scale, blocks.parts
         return out_THD
 
     @staticmethod

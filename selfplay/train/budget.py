@@ -1,8 +1,9 @@
 """The token budget of a pack where the recipe says `max_pack_tokens: auto`: how many tokens one forward holds.
 
 On CUDA it is measured: packs of growing size go forward and backward through the loaded model until the next one would take
-more than a share of the free memory. On a CPU it is a constant. A timing would choose other packs in every run, by noise, and
-with other packs the last bits of every sum differ; and from a thousand tokens on a CPU's matrix products are busy anyway.
+more than a share of the memory that is free beside the optimizer's state. On a CPU it is a constant. A timing would choose
+other packs in every run, by noise, and with other packs the last bits of every sum differ; and from a thousand tokens on a
+CPU's matrix products are busy anyway.
 
 The figure is written once, into a file of the run, and read ever after: a job that goes on, and every later round, takes the
 same packs. Where memory runs out all the same, packs are halved (memory.py).
@@ -31,7 +32,7 @@ from selfplay.types import Demonstration, Message
 CPU_PACK_TOKENS = 2048
 DENSE_PACK_LENGTH = 2048  # a dense mask of a row costs the square of its length: 4 MiB here
 SIZES = tuple(1 << n for n in range(8, 17))  # tokens of the packs that are tried: 256 to 65,536
-SHARE = 0.8  # of the memory that is free, for packs
+SHARE = 0.8  # of the memory that is free beside the optimizer's state, for packs; blocks of many sizes leave holes
 GROWTH = 4  # doubling a row adds at most this much of what the doubling before added, where attention is quadratic
 PROMPT, COMPLETION = 64, 96  # tokens of the packs that are tried; a prompt has two completions
 
@@ -39,8 +40,8 @@ PROMPT, COMPLETION = 64, 96  # tokens of the packs that are tried; a prompt has 
 class Meter(Protocol):
     """What a device can say of its memory, in bytes."""
 
-    def limit(self) -> int:
-        """The most that this process may take, what it holds now included."""
+    def limit(self, promised: int) -> int:
+        """The most that packs may bring this process to, what it holds now included; `promised` bytes are taken beside it."""
         ...
 
     def peak(self, work: Callable[[], object]) -> int:
@@ -54,10 +55,10 @@ class CudaMeter:
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
-    def limit(self) -> int:
+    def limit(self, promised: int) -> int:
         free_memory()
-        held = torch.cuda.memory_allocated(self.device)
-        return held + int(SHARE * torch.cuda.mem_get_info(self.device)[0])
+        free: int = torch.cuda.mem_get_info(self.device)[0] - promised
+        return torch.cuda.memory_allocated(self.device) + int(SHARE * free)
 
     def peak(self, work: Callable[[], object]) -> int:
         free_memory()
@@ -125,7 +126,7 @@ def measured(
 
     try:
         peak(SIZES[0])  # from here on the masters hold gradients, as they do in every step from its second pack on
-        own = meter.limit() - STATE_BYTES[settings.optim] * sum(w.numel() for w in masters.weights)
+        own = meter.limit(state_bytes(masters, settings.optim))
         limit = -world.most(-own)[0]
         peaks = grow(peak, limit)
     except torch.OutOfMemoryError:
@@ -134,6 +135,13 @@ def measured(
     free_memory()
     fitting = [tokens for tokens, peak in peaks if peak <= limit]
     return {"max_pack_tokens": max(fitting, default=SIZES[0]), "limit_bytes": limit, "peak_bytes": peaks}
+
+
+def state_bytes(masters: Masters, optim: str) -> int:
+    """What the optimizer takes at its first step. 8-bit states of embeddings stay in fp32."""
+    wide = {id(weight) for weight in masters.embeddings} if optim == "adamw_bnb_8bit" else set[int]()
+    each, whole = STATE_BYTES[optim], STATE_BYTES["adamw_torch"]
+    return sum(weight.numel() * (whole if id(weight) in wide else each) for weight in masters.weights)
 
 
 def grow(peak_of: Callable[[int], int], limit: int) -> list[tuple[int, int]]:

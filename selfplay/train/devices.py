@@ -70,8 +70,9 @@ class Devices:
         launch = [*options, "-m", module, *arguments]
         if self.num_machines == 1:
             return [*wrapper, *launch]
-        spread = ["srun", "--nodes", str(self.num_machines), "--ntasks-per-node", "1", "--kill-on-bad-exit=1"]
-        return [*spread, *wrapper, "--main_process_ip", socket.gethostname(), *launch]
+        # one task starts all processes of a machine: some clusters would bind it, and so them, to a core
+        spread = ["srun", "--nodes", str(self.num_machines), "--ntasks-per-node", "1", "--cpu-bind=none"]
+        return [*spread, "--kill-on-bad-exit=1", *wrapper, "--main_process_ip", socket.gethostname(), *launch]
 
 
 def free_port() -> int:
@@ -117,7 +118,9 @@ def read_devices(name: str) -> Devices:
 
 
 def require_machines(devices: Devices | None) -> None:
-    """RecipeError where several machines are asked for, and nothing here starts processes on the others."""
+    """RecipeError where several machines are asked for, and nothing here starts processes on the others, or this is not the
+    machine whose process 0 they will look for.
+    """
     if devices is None or devices.num_machines == 1:
         return
     asked = f"{devices.config}: num_machines is {devices.num_machines}, and selfplay starts processes on other machines"
@@ -125,6 +128,11 @@ def require_machines(devices: Devices | None) -> None:
         raise RecipeError(f"{asked} through SLURM alone: submit recipes/accelerate/fsdp2_nodes.sbatch, or one like it")
     if shutil.which("srun") is None:
         raise RecipeError(f"{asked} with srun, which is not found here: run the command where SLURM's commands are")
+    if os.environ.get("SLURM_NODEID") != "0":  # a shell of salloc may be on a login node
+        raise RecipeError(
+            f"{asked}, which meet on the first one of the job, and this is none of them or another one (SLURM_NODEID): run "
+            "the command in the batch script, or in a shell that srun --pty has started there"
+        )
 
 
 def require_possible(recipe: TrainRecipe, devices: Devices | None) -> None:

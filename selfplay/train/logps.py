@@ -17,6 +17,9 @@ from selfplay.train.memory import trim_memory
 from selfplay.train.pack import NO_BRANCH, PADDING, Pack
 
 CHUNK_ELEMENTS = 1 << 23  # logits in fp32 at a time: 32 MiB
+# On a GPU 256 MiB: each chunk reads the head's weight once, and its gradient in fp32 twice. With 128,256 tokens 32 MiB are 65
+# rows, for which that takes several times as long as their products.
+GPU_CHUNK_ELEMENTS = 1 << 26
 STORED_ELEMENTS = 1 << 27  # logits kept for the backward pass: 256 MiB in bf16
 Mask = Tensor | dict[str, Tensor]
 
@@ -107,7 +110,7 @@ class _HeadLogps(torch.autograd.Function):
         stored_NV = hidden_ND.new_empty(count, vocabulary) if store else None
         ctx.scale, ctx.softcap = scale, softcap
         lse_N, logps_N = (torch.empty(count, device=hidden_ND.device) for _ in range(2))
-        for rows in _chunks(count, vocabulary):
+        for rows in _chunks(count, vocabulary, hidden_ND.device):
             raw = F.linear(hidden_ND[rows], weight_VD, bias_V)
             if stored_NV is not None:
                 stored_NV[rows] = raw
@@ -124,7 +127,7 @@ class _HeadLogps(torch.autograd.Function):
         train_weight, train_bias = ctx.needs_input_grad[1], bias_V is not None and ctx.needs_input_grad[2]
         sum_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if train_weight and stored_NV is None else None
         sum_bias = torch.zeros_like(bias_V, dtype=torch.float32) if train_bias else None
-        for rows in _chunks(len(hidden_ND), len(weight_VD)):
+        for rows in _chunks(len(hidden_ND), len(weight_VD), hidden_ND.device):
             raw = stored_NV[rows] if stored_NV is not None else F.linear(hidden_ND[rows], weight_VD, bias_V)
             logits = _capped(raw.float(), ctx.scale, ctx.softcap)
             slope = None if ctx.softcap is None else 1 - (logits / ctx.softcap).square()
@@ -148,8 +151,8 @@ class _HeadLogps(torch.autograd.Function):
         return grad_hidden, grad_weight, grad_bias, None, None, None
 
 
-def _chunks(count: int, vocabulary: int) -> Iterator[slice]:
-    size = max(1, CHUNK_ELEMENTS // vocabulary)
+def _chunks(count: int, vocabulary: int, device: torch.device) -> Iterator[slice]:
+    size = max(1, (CHUNK_ELEMENTS if device.type == "cpu" else GPU_CHUNK_ELEMENTS) // vocabulary)
     return (slice(start, start + size) for start in range(0, count, size))
 
 

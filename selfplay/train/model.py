@@ -3,7 +3,8 @@
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,19 @@ def default_device() -> torch.device:
     )
 
 
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Within it fp32 matrix products are products of fp32: containers for GPUs may ask for TF32 in the environment, whose
+    rounding could be taken for a wrong mask.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def probe(model: Any, device: torch.device) -> tuple[bool, float | None]:
     """What `can_share_prompts` says of this very model. AuditError where our logps differ from its own."""
     head = check_head(model, device)
@@ -121,6 +135,7 @@ def probe(model: Any, device: torch.device) -> tuple[bool, float | None]:
     return can_share_prompts(model, device)
 
 
+@exact_products()
 def can_share_prompts(model: Any, device: torch.device) -> tuple[bool, float | None]:
     """(whether packed logps equal plain ones, the largest difference in nats) on this very model. The difference is None
     where the model takes no mask of packs at all.
@@ -153,6 +168,7 @@ def can_share_prompts(model: Any, device: torch.device) -> tuple[bool, float | N
     return difference <= PROBE_TOLERANCE * max(1.0, sums[1].abs().max().item() / 100), difference
 
 
+@exact_products()
 def check_head(model: Any, device: torch.device) -> float:
     """Largest difference in nats between our per-token logps and those from the model's own logits: a family that scales
     its logits in a way that we don't know shows here.

@@ -176,10 +176,9 @@ def _tensors(held: list[list[_Shared]], shared: bool) -> Pack:
                 rows.append(_Row())
                 rows[-1].add(group.prompt, 0, segment, NO_BRANCH)
             row = rows[-1]
-            before = row.last_of(segment, NO_BRANCH)
             start = len(row.ids)
             row.add(completion, len(group.prompt), segment, sequence)
-            places = [before, *range(start, start + len(completion) - 1)]
+            places = [row.prompt_end - 1, *range(start, start + len(completion) - 1)]
             targets += [(len(rows) - 1, p, t, sequence) for p, t in zip(places, completion, strict=True)]
             sequence += 1
         for index, completions in group.pairs:
@@ -220,16 +219,15 @@ class _Row:
         self.positions: list[int] = []
         self.segments: list[int] = []
         self.branches: list[int] = []
+        self.prompt_end = 0  # where the last prompt ends
 
     def add(self, tokens: Tokens, position: int, segment: int, branch: int) -> None:
         self.ids += tokens
         self.positions += range(position, position + len(tokens))
         self.segments += [segment] * len(tokens)
         self.branches += [branch] * len(tokens)
-
-    def last_of(self, segment: int, branch: int) -> int:
-        """The last place of a segment's branch."""
-        return max(n for n in range(len(self.ids)) if (self.segments[n], self.branches[n]) == (segment, branch))
+        if branch == NO_BRANCH:
+            self.prompt_end = len(self.ids)
 
     def padded(self, width: int) -> tuple[list[int], list[int], list[int], list[int]]:
         # by length, never by id: the pad token is often the end token, which must be learnt

@@ -185,7 +185,7 @@ def score_rows(
     of other processes. `progress` gets the rows done.
 
     `steps` are the first epoch's: its packs are the very ones that training forwards first, so where policy and reference
-    are the same weights the first log-ratios are 0 to the last bit, in bf16 as well.
+    are the same weights the first log-ratios are 0 to the last bit, in bf16 as well; on CUDA all but the order of a sum.
     """
     sums_CB = torch.zeros(len(rows[0].completions), len(rows))
     assert sum(map(len, steps)) == len(rows), "every row is in one step"

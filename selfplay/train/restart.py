@@ -1,8 +1,9 @@
 """Starts a training job again whose process was killed: by somebody, by the system where memory is short, or by a fault. And
 one whose processes hold parts of the weights (FSDP2), where one ran out of its device's memory: with smaller packs.
 
-It goes on from its last checkpoint, so after a kill its policy has the bytes of one that was never disturbed. A job that
-trains inside the command's own process, as on a CPU without `--accelerate-config`, ends with that.
+It goes on from its last checkpoint, so after a kill on CPUs its policy has the bytes of one that was never disturbed; on CUDA
+two runs differ by rounding anyway (checkpoint.py). A job that trains inside the command's own process, as on a CPU without
+`--accelerate-config`, ends with that.
 """
 
 import signal

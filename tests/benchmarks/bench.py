@@ -5,22 +5,35 @@
 
 Every run is a process of its own, peers interleaved (A B A B), figures are medians with the smallest and largest. A training
 benchmark first compares gradients in fp32; where they differ its ratio does not count. A peer whose packages are not installed,
-or that runs out of memory, is named as left out. Results go to .bench/ID.json, of random weights to .bench/ID-SIZE.json.
+that runs out of memory or that fails is named as left out; after a failure the exit code is 1. Results go to .bench/ID.json, of
+random weights to .bench/ID-SIZE.json, when the benchmark is over, and every run to .bench/ID-runs.jsonl when it is.
+
+A GPU that is lent for some minutes at a time is measured in slices. Each is a command; what would not end by --seconds is not
+started, and named. torch, transformers, pydantic, rich and typer are enough, and nothing has to be installed or fetched:
+
+    python -m pytest -q tests/test_flash.py                                          # the attention kernel, first
+    python tests/benchmarks/bench.py train-pair train-group-m6 --device cuda --size 1b --runs 2 --seconds 400
+    python tests/benchmarks/bench.py train-pair memory --device cuda --size 8b --optim adamw_torch --runs 1 --seconds 400
+    python tests/benchmarks/bench.py round generate --device cuda --size 1b --runs 1 --seconds 400
 """
 
 import argparse
 import json
 import os
+import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import torch
 from machine import MODEL, OUT, SIZES, TRAINED, Setup, make_setup
-from measured import Result
+from measured import FAILED, Result
 from rich.console import Console
 from tables import print_left_out, print_others, print_training
 from training import MEMORY, SAME_WORK, TRAINING, gemm_rate, measure
 from wholes import ENGINES, measure_engines, measure_round, measure_scale
+
+from selfplay.train.settings import STATE_BYTES
 
 IDS = (*TRAINING, *MEMORY, *ENGINES, "scale", "round")
 # Seconds of each on two cores, its gradient check included, after which nothing is started but what a headline needs, once.
@@ -43,7 +56,8 @@ SECONDS = {
 def main() -> None:
     chosen = _arguments()
     OUT.mkdir(exist_ok=True)
-    setup = make_setup(chosen.device, chosen.size)
+    begun = time.monotonic()
+    setup = make_setup(chosen.device, chosen.size, chosen.optim)
     rate = gemm_rate(chosen.device)
     where = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
     where = torch.cuda.get_device_name() if chosen.device == "cuda" else where
@@ -54,7 +68,13 @@ def main() -> None:
     late = 0.0  # what those before have taken beyond their seconds
     for id, share in shares(ids).items():
         started = time.monotonic()
-        result = measured(id, chosen.runs, rate, setup, full=full, budget=share - late, before=results)
+        left = chosen.seconds - (started - begun)
+        if left <= 0:
+            print(f"{id}: left out: no time", flush=True)
+            continue
+        budget = min(float("inf") if full else share - late, left)
+        result = measured(id, chosen.runs, rate, setup, full=full, budget=budget, before=results)
+        result |= {"machine": where, "setup": asdict(setup)}
         late = max(0.0, late + time.monotonic() - started - share)
         name = f"{id}-{chosen.size}" if setup.is_random else id
         (OUT / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
@@ -67,6 +87,7 @@ def main() -> None:
     if not chosen.ids:
         for id in (id for id in IDS if id not in ids):
             console.print(f"{id}: left out: runs where it is named", markup=False)
+    sys.exit(any(FAILED in line for result in results for line in result["left_out"]))
 
 
 def _arguments() -> argparse.Namespace:
@@ -76,6 +97,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--full", action="store_true", help="all runs and sizes, however long they take")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--size", choices=SIZES, default=TRAINED, help="135m: the model of the quickstart; else random")
+    parser.add_argument("--optim", choices=STATE_BYTES, help="default: adamw_bnb_8bit for 8b, else adamw_torch")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start nothing that would end later")
     chosen = parser.parse_args()
     if unknown := set(chosen.ids) - set(IDS):
         parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(IDS)}")
@@ -102,7 +125,6 @@ def measured(
     id: str, runs: int, rate: float, setup: Setup, *, full: bool, budget: float, before: Sequence[Result]
 ) -> Result:
     """The result of one benchmark; `before` has those of the others."""
-    budget = float("inf") if full else budget
     if id in ENGINES:
         return measure_engines(id, runs, budget=budget, setup=setup)
     if id == "round":

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT))  # for a Python that selfplay is not installed in
 OUT = ROOT / ".bench"
 MODEL = ROOT / "models" / "smollm2-135m-instruct"
 TRAINED = "135m"  # the model folder; the other sizes have random weights
@@ -77,18 +78,22 @@ class Setup:
         return json.dumps(asdict(self))
 
 
-def make_setup(device: str, size: str) -> Setup:
-    """The setup of a size; its folder is made where it isn't there. Full training of 8B takes 8-bit Adam on one device."""
-    optim = "adamw_bnb_8bit" if size == "8b" else "adamw_torch"
+def make_setup(device: str, size: str, optim: str | None = None) -> Setup:
+    """The setup of a size; its folder is made where it isn't there. Full training of 8B takes 8-bit Adam on one device of 80
+    GB; with AdamW, 129 GB of weights, gradients and states.
+    """
+    optim = optim or ("adamw_bnb_8bit" if size == "8b" else "adamw_torch")
     times = 16 if device == "cuda" else 1
     return Setup(str(model_folder(size)), device, size, optim, times=times)
 
 
 def checked(setup: Setup) -> Setup:
-    """What the gradients are compared on: fp32, one time the work, and few layers of random weights."""
+    """What the gradients are compared on: fp32, one time the work, few layers of random weights, and the optimizer that every
+    machine has: none is asked.
+    """
     size = setup.size
     folder = model_folder(size, num_layers=CHECKED_LAYERS) if setup.is_random else Path(setup.model)
-    return replace(setup, model=str(folder), bf16=False, times=1)
+    return replace(setup, model=str(folder), bf16=False, times=1, optim="adamw_torch")
 
 
 def model_folder(size: str, *, num_layers: int | None = None) -> Path:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 TESTS = Path(__file__).parents[1]
+FAILED = "failed: "  # before the reason of a peer that was left out for it
 Result = dict[str, Any]
 
 
@@ -25,11 +26,12 @@ def interleaved(
     seconds: float,
     device: str = "cpu",
     extra: Collection[str] = (),
+    log: Path | None = None,
 ) -> tuple[dict[str, list[Result]], list[str]]:
     """(what each peer's program printed, `runs` times: A B A B; what was left out). All but the `extra` peers are run once
     whatever the time, and repeated before the extra ones are. Nothing else is started that would end after `seconds`; a peer
     that has not run yet is taken to need as long as the longest that has. A program that prints `left_out` and why, for it
-    can't run here, is not asked again.
+    can't run here, is not asked again, nor is one that fails. Every run is a line of the file `log` as soon as it is over.
     """
     found: dict[str, list[Result]] = {}
     took: dict[str, float] = {}
@@ -47,6 +49,10 @@ def interleaved(
             missed.setdefault(name, []).append(run)
             continue
         printed = once(name, commands[name], device=device)
+        if log is not None:
+            log.parent.mkdir(exist_ok=True)
+            with log.open("a") as file:
+                file.write(json.dumps({"peer": name, "run": run, **printed}) + "\n")
         if "left_out" in printed:
             unable.add(name)
             left_out.append(f"{name}: {printed['left_out']}")
@@ -76,14 +82,18 @@ def _missed(missed: Mapping[str, Sequence[int]], names: Sequence[str]) -> str:
 
 
 def once(name: str, command: Sequence[str], *, device: str = "cpu") -> Result:
-    """The last line that a program prints, which is JSON. It ends this process where the program fails."""
+    """The last line that a program prints, which is JSON. Where it fails its last words are what it is left out for, and all
+    that it said is shown.
+    """
     environment = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "HF_HUB_OFFLINE": "1", **os.environ}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TESTS.parent), os.environ.get("PYTHONPATH")]))
     if device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, check=False)
     if done.returncode != 0:
-        sys.exit(f"{name} failed:\n{done.stderr}")
+        print(f"{name} failed:\n{done.stderr}", file=sys.stderr, flush=True)
+        words = done.stderr.strip().rpartition("\n")[2]
+        return {"left_out": f"{FAILED}{words or f'exit code {done.returncode}'}"}
     result: Result = json.loads(done.stdout.splitlines()[-1])
     return result
 

@@ -3,7 +3,7 @@
 import statistics
 from pathlib import Path
 
-from machine import MODEL, Setup
+from machine import MODEL, OUT, Setup
 from measured import Result, interleaved, medians, ratio, ratio_range, versions
 
 HERE = Path(__file__).parent
@@ -28,7 +28,8 @@ def measure_engines(id: str, runs: int, *, budget: float, setup: Setup | None = 
     # the last peer is the one that ratios are to: it comes second
     order = (names[0], *names[:0:-1])
     commands = {name: [str(HERE / "generation.py"), name, setup.as_argument()] for name in order}
-    found, left_out = interleaved(commands, runs, seconds=budget, device=setup.device, extra=names[1:-1])
+    log = OUT / f"{id}-runs.jsonl"
+    found, left_out = interleaved(commands, runs, seconds=budget, device=setup.device, extra=names[1:-1], log=log)
     rows = {name: [r | {"tokens_per_second": r["tokens"] / r["seconds"]} for r in peer] for name, peer in found.items()}
     middle = medians(rows, measured)
     last = middle.get(names[-1])
@@ -53,7 +54,8 @@ def measure_round(runs: int, rate: float, *, budget: float, setup: Setup | None 
     setup = setup or Setup(str(MODEL))
     print("round:", flush=True)
     commands = {name: [str(HERE / "whole_round.py"), name, setup.as_argument()] for name in ROUND}
-    found, left_out = interleaved(commands, runs, seconds=budget, device=setup.device, extra=ROUND[2:])
+    log = OUT / "round-runs.jsonl"
+    found, left_out = interleaved(commands, runs, seconds=budget, device=setup.device, extra=ROUND[2:], log=log)
     middle = medians(found, "seconds")
     own = middle.get("selfplay")
     ratios = {n: theirs / own for n, theirs in middle.items() if n != "selfplay" and own is not None}
@@ -98,7 +100,7 @@ def measure_scale(runs: int, *, budget: float, full: bool) -> Result:
     print("scale:", flush=True)
     sizes = SCALE_FULL if full else SCALE
     commands = {f"{size} prompts": [str(HERE / "scale.py"), str(size)] for size in sizes}
-    found, left_out = interleaved(commands, runs, seconds=budget)
+    found, left_out = interleaved(commands, runs, seconds=budget, log=OUT / "scale-runs.jsonl")
     if not full:
         left_out.append(f"{SCALE_FULL[-1]} prompts: with --full only")
     return {"versions": versions(), **scaled(found), "left_out": left_out}

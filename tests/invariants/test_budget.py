@@ -36,8 +36,8 @@ class FakeMeter:
         if self.held + self.tokens > self.room:
             raise torch.OutOfMemoryError
 
-    def limit(self) -> int:
-        return self._limit
+    def limit(self, promised: int) -> int:
+        return self._limit - promised
 
     def peak(self, work: Callable[[], object]) -> int:
         work()
@@ -158,11 +158,21 @@ def test_the_length_of_rows_reaches_training_and_the_reference_pass(
     assert set(widths["trainer"]) <= set(widths["reference_pass"])
 
 
-def test_on_cuda_the_limit_is_a_share_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_8_bit_states_of_embeddings_are_counted_as_the_fp32_that_they_are(tiny: Path) -> None:
+    masters = Masters(load_model(str(tiny)), compute_dtype=torch.float32)
+    (table,) = (w.numel() for w in masters.embeddings)
+    every = sum(w.numel() for w in masters.weights)
+    assert budget.state_bytes(masters, "adamw_bnb_8bit") == 8 * table + 2 * (every - table)
+    assert budget.state_bytes(masters, "rmsprop") == 4 * every
+
+
+def test_on_cuda_the_limit_is_a_share_of_what_is_free_beside_the_optimizer_s_state(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 5000))
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 321)
     meter = budget.CudaMeter(CPU)
-    assert meter.limit() == 100 + 0.8 * 1000
+    assert meter.limit(300) == 100 + 0.8 * 700
     assert meter.peak(lambda: None) == 321
