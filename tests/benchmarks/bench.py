@@ -8,7 +8,7 @@ benchmark first compares gradients in fp32; where they differ its ratio does not
 that runs out of memory or that fails is named as left out; after a failure the exit code is 1. Results go to .bench/ID.json, of
 random weights to .bench/ID-SIZE.json, when the benchmark is over, and every run to .bench/ID-runs.jsonl when it is.
 
-A GPU that is lent for some minutes at a time is measured in slices. Each is a command; what would not end by --seconds is not
+A GPU that is there for some minutes at a time is measured in slices. Each is a command; what would not end by --seconds is not
 started, and named. torch, transformers, pydantic, rich and typer are enough, and nothing has to be installed or fetched:
 
     python -m pytest -q tests/test_flash.py                                          # the attention kernel, first
