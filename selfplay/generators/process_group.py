@@ -60,7 +60,7 @@ def await_end(group: int, seconds: float = GONE_SECONDS) -> bool:
 
 def _members(group: int) -> Iterator[Path]:
     for process in PROC.glob("[0-9]*"):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
             if int(_fields(process / "stat")[2]) == group:
                 yield process
 
