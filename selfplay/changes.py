@@ -37,6 +37,13 @@ FREE += tuple(
     for key in (*API_CONDUCT, *REWARD_CONDUCT, *JUDGE_PLACES)
 )
 
+# How much of a machine vLLM takes. After it ran out of memory, or on another machine, a run must go on with less; of its
+# completions these change no more than another batch does.
+VLLM_S_SHARE = tuple(
+    f"generator.{key}"
+    for key in ("gpu_memory_utilization", "tensor_parallel_size", "data_parallel_size", "max_batch_size")
+)
+
 CHECKPOINTS = "round-*/train/checkpoints/step-*"  # they go when the policy is written
 STEPS = (CHECKPOINTS, "round-*/train/*.safetensors", "round-*/train/result.json", "round-*/policy")
 PASSED = ("round-*/reference.safetensors", *STEPS)  # the reference pass cuts its packs from the steps
@@ -124,6 +131,8 @@ def refused(old: Recipe, new: Recipe, folder: Path) -> list[str]:
     free = [*FREE, "rounds"]
     if old.train.reference_path is not None and new.train.reference_path is not None:
         free.append("train.reference")
+    if old.generator.kind == new.generator.kind == "vllm":
+        free += VLLM_S_SHARE
     found = []
     before, after = (flat(_without_targets(one).model_dump(mode="json")) for one in (old, new))
     for key in (key for key in {**before, **after} if before.get(key) != after.get(key)):

@@ -107,9 +107,7 @@ def prompt_room(recipe: Recipe, model: Path) -> int | None:
     """The most tokens that a prompt may have, so that max_tokens of every round fit behind it; None where neither the
     model nor the recipe names a length. RecipeError where no prompt would fit.
     """
-    config = json.loads((base_folder(model) / "config.json").read_text())
-    declared = config.get("text_config", config)
-    limit = recipe.generator.max_model_len or declared.get("max_position_embeddings") or declared.get("n_positions")
+    limit = recipe.generator.max_model_len or declared_length(model)
     if limit is None:
         return None
     sampled = recipe.generator.max_tokens
@@ -119,7 +117,25 @@ def prompt_room(recipe: Recipe, model: Path) -> int | None:
             f"generator.max_tokens is {most}, but prompt and completion together have at most {limit} tokens "
             "(generator.max_model_len, or the model's own length): lower max_tokens"
         )
-    return int(limit) - most
+    return limit - most
+
+
+def declared_length(model: Path) -> int | None:
+    """The most tokens of a sequence by a model's config; None where it names no such number."""
+    config = json.loads((base_folder(model) / "config.json").read_text())
+    declared = config.get("text_config", config)
+    found = declared.get("max_position_embeddings") or declared.get("n_positions")
+    return int(found) if found else None
+
+
+def for_judge(recipe: GeneratorRecipe, model: Path) -> GeneratorRecipe:
+    """How the engine of a judge's own model is started: like the policy's, but with no more than the judge's own length, which
+    vLLM would refuse and the transformers engine would read past.
+    """
+    declared = declared_length(model)
+    if declared is None or recipe.max_model_len is None or recipe.max_model_len <= declared:
+        return recipe
+    return recipe.model_copy(update={"max_model_len": declared})
 
 
 def open_generator(

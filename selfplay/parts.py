@@ -11,7 +11,7 @@ from selfplay.filters import NamedFilter, Programs, load_programs
 from selfplay.judges import make_judge
 from selfplay.judges.lift import function_identity
 from selfplay.judges.python import own_judge
-from selfplay.models import local_model, open_generator
+from selfplay.models import for_judge, local_model, open_generator
 from selfplay.panel import HeldOut
 from selfplay.progress import Reporter
 from selfplay.prompts import PromptPool
@@ -163,4 +163,4 @@ def note_drops(pools: Mapping[str, PromptPool], report: Reporter) -> None:
 def open_judge_model(recipe: Recipe, model: str) -> Any:
     """A generator of a judge's own model, on the same kind of engine."""
     folder = local_model(model)
-    return open_generator(recipe.generator, folder, Chat.load(str(folder)), seed=recipe.seed)
+    return open_generator(for_judge(recipe.generator, folder), folder, Chat.load(str(folder)), seed=recipe.seed)

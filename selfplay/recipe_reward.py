@@ -12,7 +12,8 @@ from selfplay.recipe_values import Section, Share
 class RewardModelRecipe(Section):
     """`model` is a folder (`selfplay train-reward` makes one) or a hub id. `chat_template` stands in for its tokenizer's own.
     A prompt and completion of more than `max_length` tokens get no verdict; the default is the model's own length.
-    `max_batch_tokens` counts padding. `dtype: auto` computes as the weights are stored.
+    `max_batch_tokens` counts padding. `dtype: auto` computes as the weights are stored. `data_parallel_size` copies score at a
+    time, each on a GPU of its own.
 
     `calibration` names labelled preference pairs on which the model's accuracy is measured before anything is sampled. A
     model that is not shown to beat chance is refused, unless `allow_chance` is true.
@@ -25,12 +26,13 @@ class RewardModelRecipe(Section):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     max_batch_tokens: PositiveInt = 16384
+    data_parallel_size: PositiveInt = 1
     calibration: str | None = None
     allow_chance: bool = False
 
 
 # What may change on a run that goes on: how rewards are computed, and whether they are trusted, never what they are.
-REWARD_CONDUCT = ("device", "max_batch_tokens", "calibration", "allow_chance")
+REWARD_CONDUCT = ("device", "max_batch_tokens", "data_parallel_size", "calibration", "allow_chance")
 
 
 class RewardTraining(Section):

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from selfplay import store
-from selfplay.chat import Chat
 from selfplay.errors import DataError, RecipeError
 from selfplay.judges import make_judge
 from selfplay.lazy_prompts import json_list
 from selfplay.models import load_chat, local_model, open_generator, prompt_room, resolve_auto
-from selfplay.parts import note_drops
+from selfplay.parts import note_drops, open_judge_model
 from selfplay.progress import Reporter
 from selfplay.protocols import Judge, JudgeContext
 from selfplay.recipe import Recipe
@@ -212,7 +211,6 @@ def open_judge(recipe: Recipe, asked: JudgeRecipe, *, allow_code: bool, made: di
     """
 
     def open_model(model: str) -> Any:
-        folder, resolved = local_model(model), resolve_auto(recipe)
-        return open_generator(resolved.generator, folder, Chat.load(str(folder)), seed=recipe.seed)
+        return open_judge_model(resolve_auto(recipe), model)
 
     return make_judge(asked, allow_code=allow_code, open_model=open_model, made=made)

@@ -76,23 +76,33 @@ def write_prompts(path: Path, prompts: Iterable[Prompt]) -> None:
 def sample_groups(
     generator: Generator, prompts: Sequence[Prompt], sampling: Sampling, folder: Path, report: Reporter, name: str
 ) -> Sequence[Group]:
-    """One group per prompt, in the prompts' order, in shards of a fixed composition."""
-    groups = Records(Group)
+    """One group per prompt, in the prompts' order, in shards of a fixed composition. As many shards are drawn together as the
+    generator has replicas, each of which then has a batch of its own; where one of those is missing, all are drawn again.
+    """
+    groups, count = Records(Group), sampling.num_completions
+    together = SHARD_PROMPTS * _replicas(generator)
     with contextlib.ExitStack() as stack:
         advance = None
-        for number in range(0, len(prompts), SHARD_PROMPTS):
-            chunk = tuple(prompts[number : number + SHARD_PROMPTS])
-            path = shard_path(folder, number // SHARD_PROMPTS)
-            if not path.exists():
-                count = sampling.num_completions
+        for first in range(0, len(prompts), together):
+            chunk = tuple(prompts[first : first + together])
+            parts = {n: shard_path(folder, (first + n) // SHARD_PROMPTS) for n in range(0, len(chunk), SHARD_PROMPTS)}
+            missing = [n for n, path in parts.items() if not path.exists()]
+            if missing:
                 advance = advance or stack.enter_context(
-                    report.stage(name, len(prompts) * count, "completions", done=number * count)
+                    report.stage(name, len(prompts) * count, "completions", done=first * count)
                 )
-                store.write_records(path, _generate(generator, chunk, sampling, advance, number), Group)
-            groups.add(path)
-            if [g.prompt.id for g in groups[number:]] != [p.id for p in chunk]:
-                raise StorageError(f"{path}: holds the groups of other prompts; delete it to sample them anew")
+                found = _generate(generator, chunk, sampling, advance, first)
+                for n in missing:
+                    store.write_records(parts[n], found[n : n + SHARD_PROMPTS], Group)
+            for n, path in parts.items():
+                groups.add(path)
+                if [g.prompt.id for g in groups[first + n :]] != [p.id for p in chunk[n : n + SHARD_PROMPTS]]:
+                    raise StorageError(f"{path}: holds the groups of other prompts; delete it to sample them anew")
     return groups
+
+
+def _replicas(generator: Generator) -> int:
+    return generator.settings.data_parallel_size if isinstance(generator, EngineGenerator) else 1
 
 
 def shard_path(folder: Path, number: int) -> Path:

@@ -16,9 +16,9 @@ from selfplay import store
 from selfplay.adapters import is_adapter
 from selfplay.chat import Chat
 from selfplay.errors import DataError, RecipeError
-from selfplay.judges.reward_model import encode_conversation, load_reward_chat, positions
+from selfplay.judges.reward_model import encode_conversation, load_reward_chat
 from selfplay.labelled import accuracy_by_prompt, preference
-from selfplay.models import computes_bf16, local_model
+from selfplay.models import computes_bf16, declared_length, local_model
 from selfplay.preferences import Labelled, read_labelled
 from selfplay.progress import Reporter
 from selfplay.recipe_reward import RewardTraining
@@ -98,7 +98,7 @@ def train_reward(inputs: RewardInputs, settings: RewardTraining, out: Path, repo
 
 
 def _read(inputs: RewardInputs, settings: RewardTraining, base: Path, chat: Chat, report: Reporter) -> list[_Row]:
-    limit = positions(base)
+    limit = declared_length(base)
     if limit is not None and settings.max_length is not None and settings.max_length > limit:
         raise RecipeError(f"--max-length {settings.max_length}: {base} has {limit} positions")
     longest = settings.max_length or limit

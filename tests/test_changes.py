@@ -56,6 +56,19 @@ OPEN = {
         recipe(judge={"kind": "reward_model", "model": "b", "chat_template": "y.jinja", "calibration": "p.jsonl"}),
     ),
     "the bound of the audit": ([POLICY_0], train(), train(max_audit_difference=0.5)),
+    "how much of a machine vLLM takes": (
+        [ROUND_0],
+        recipe(generator={"kind": "vllm"}),
+        recipe(
+            generator={
+                "kind": "vllm",
+                "gpu_memory_utilization": 0.8,
+                "tensor_parallel_size": 2,
+                "data_parallel_size": 4,
+                "max_batch_size": 64,
+            }
+        ),
+    ),
 }
 CLOSED = {
     "a margin": ([PAIRS_0], pairs(min_margin=0.1), pairs(), "pairs.min_margin", PAIRS_0),
@@ -98,6 +111,20 @@ CLOSED = {
     "an adapter": ([], train(), train(lora={"r": 4}), "train.lora.r", ""),
     "another reference model": ([], train(), train(reference="./m"), "train.reference", ""),
     "sampling": ([], recipe(), recipe(generator={"temperature": 0.5}), "generator.temperature", ""),
+    "the batches of a generator that gives the same bytes": (
+        [],
+        recipe(generator={"kind": "transformers"}),
+        recipe(generator={"kind": "transformers", "max_batch_size": 8}),
+        "generator.max_batch_size",
+        "",
+    ),
+    "the length of vLLM's sequences, which prompts must fit": (
+        [],
+        recipe(generator={"kind": "vllm"}),
+        recipe(generator={"kind": "vllm", "max_model_len": 512}),
+        "generator.max_model_len",
+        "",
+    ),
     "the seed": ([], recipe(), recipe(seed=1), "seed", ""),
 }
 

@@ -19,7 +19,12 @@ from selfplay.recipe_file import recipe_folder
 from selfplay.train.devices import read_devices
 from selfplay.types import PreferencePair
 
-SHIPPED = {"one_gpu": (1, 1, False), "eight_gpus": (8, 1, False), "fsdp2_nodes": (16, 2, True)}
+SHIPPED = {
+    "one_gpu": (1, 1, False),
+    "eight_gpus": (8, 1, False),
+    "eight_gpus_fsdp2": (8, 1, True),
+    "fsdp2_nodes": (16, 2, True),
+}
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -160,7 +165,7 @@ def test_a_dry_run_says_what_each_process_holds(tiny: Path, tmp_path: Path, caps
     ok("iterate", recipe, "--out", tmp_path / "run", "--dry-run", "--accelerate-config", "fsdp2_nodes")
     assert "16 processes on 2 machines, each holds 1/16 of policy" in capsys.readouterr().out
     assert main(["iterate", str(recipe), "--accelerate-config", "nine_gpus"]) == 64
-    assert "neither a file nor one of eight_gpus, fsdp2_nodes, one_gpu" in capsys.readouterr().err
+    assert "neither a file nor one of eight_gpus, eight_gpus_fsdp2, fsdp2_nodes, one_gpu" in capsys.readouterr().err
 
 
 # Starts a command on "machines" that are all this one, as SLURM would on several; one that fails ends the others.

@@ -1,6 +1,7 @@
 """The reward model as a judge, on classifiers of 100,000 random parameters."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tiny import TEMPLATE, make_tiny_model
 
 from selfplay.errors import DataError, GeneratorError, RecipeError
 from selfplay.generators.engine import EngineSettings
+from selfplay.generators.environment import child_environment
 from selfplay.generators.isolated import EngineDiedError, IsolatedEngine
 from selfplay.generators.reward_model import RewardModelScorer, Rewards, batches, load_reward_model
 from selfplay.judges import make_judge
@@ -188,6 +190,23 @@ def test_rewards_from_a_process_of_its_own_are_the_same(model: Path) -> None:
         assert len(dict(child.rewards(sequences[:1], 64))) == 1
     finally:
         child.close()
+
+
+def test_copies_of_a_model_score_alike_each_in_a_process_of_its_own(model: Path) -> None:
+    alone = scores_of(model)
+    with judge_of(model, data_parallel_size=2, device="cpu") as judge:
+        found = [score for one in judge_checked(judge, GROUPS, JudgeContext()) for score in one.scores]
+        assert isinstance(judge._scorer, IsolatedEngine)
+        assert len(set(judge._scorer.process_ids)) == 2
+    assert found == pytest.approx(alone, abs=1e-5)
+
+
+def test_copies_on_cpus_take_no_gpu_and_those_on_gpus_one_each() -> None:
+    two, user = EngineSettings("reward_model", "m", data_parallel_size=2), {"CUDA_VISIBLE_DEVICES": "4,5"}
+    assert [child_environment(two, n, user)["CUDA_VISIBLE_DEVICES"] for n in range(2)] == ["4", "5"]
+    assert child_environment(replace(two, device="cpu"), 1, user)["CUDA_VISIBLE_DEVICES"] == "4,5"
+    with pytest.raises(RecipeError, match=r"needs 2 devices, and 1 are visible"):
+        child_environment(two, 0, {"CUDA_VISIBLE_DEVICES": "4"})
 
 
 def test_a_model_that_a_child_cannot_load_is_named(tmp_path: Path) -> None:

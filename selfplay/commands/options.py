@@ -20,7 +20,7 @@ AccelerateConfig = Annotated[
     typer.Option(
         "--accelerate-config",
         metavar="NAME_OR_PATH",
-        help="Train on several devices: one_gpu, eight_gpus, fsdp2_nodes, or a file of `accelerate config`.",
+        help="Train on several devices: one_gpu, eight_gpus, eight_gpus_fsdp2, fsdp2_nodes, or a file of `accelerate config`.",
         show_default=False,
     ),
 ]

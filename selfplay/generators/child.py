@@ -16,6 +16,7 @@ group, and so whatever processes the engine has started, as soon as the parent i
 import gc
 import importlib
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -38,6 +39,7 @@ from selfplay.generators.engine import (
     start_engine,
     start_scorer,
 )
+from selfplay.generators.process_group import watch_helpers
 
 WATCH_SECONDS = 0.25
 Answers = Callable[[dict[str, Any]], Iterator[dict[str, Any]]]  # a message to the messages that answer it
@@ -76,6 +78,7 @@ def main(fd: int, parent: int, kind: str) -> None:
         with _reported(channel):
             _import_engine(kind)
             max_model_len, answers = _start(settings_from_json(channel.receive()["settings"]))
+            watch_helpers(multiprocessing.active_children())
             channel.send(ready=max_model_len)
             while _serve(answers, channel):
                 pass

@@ -45,6 +45,7 @@ class EngineSettings:
     """How an engine is started.
 
     `dtype` "auto" computes in bfloat16 where the weights are stored in float32 (a policy is), else as they are stored.
+    `max_model_len` None is the model's own, or what vLLM's cache holds where that is less.
     `gpu_memory_utilization` and `engine_args` are vLLM's own (on a CPU the first is a share of the machine's memory,
     read only where VLLM_CPU_KVCACHE_SPACE is not used). `tensor_parallel_size` devices serve one replica, and there are
     `data_parallel_size` replicas. `max_batch_size` is the number of sequences at once; None is the engine's default.
@@ -129,7 +130,8 @@ def check_lengths(requests: Sequence[Request], max_model_len: int) -> None:
         if prompt + new > max_model_len:
             raise GeneratorError(
                 f"request {request.id}: {prompt} prompt tokens + max_tokens {new} = {prompt + new} is more than "
-                f"max_model_len {max_model_len}; lower max_tokens or max_prompt_length, or raise max_model_len"
+                f"max_model_len {max_model_len}; lower max_tokens or max_prompt_length, or raise max_model_len (or, "
+                "where vLLM's cache holds no more, gpu_memory_utilization or tensor_parallel_size)"
             )
 
 

@@ -24,7 +24,7 @@ def child_environment(settings: EngineSettings, replica: int, user: Mapping[str,
     if settings.kind == "vllm" and vllm_runs_on_cpu():
         ours |= _cpu_variables(settings, replica, user)
     elif settings.data_parallel_size > 1:
-        devices = _visible_devices(user)
+        devices = _visible_devices(user) if settings.device != "cpu" else []
         if devices:
             forced["CUDA_VISIBLE_DEVICES"] = _slice_devices(settings, replica, devices)
         else:

@@ -19,6 +19,7 @@ from typing import IO, Any
 
 from selfplay.errors import DataError, GeneratorError, RecipeError, SecurityError, SelfplayError
 from selfplay.generators.child import Channel, HungUpError
+from selfplay.generators.child_log import errors_in, quote
 from selfplay.generators.engine import (
     EngineSettings,
     Request,
@@ -27,12 +28,19 @@ from selfplay.generators.engine import (
     result_from_json,
 )
 from selfplay.generators.environment import child_environment
+from selfplay.generators.process_group import end_group
 
 POLL_SECONDS = 0.5
 CLOSE_SECONDS = 5.0
-LOG_TAIL_LINES = 30
+CORE_DEAD = "EngineDeadError"  # vLLM's, of a core in a process of its own that has ended
 ERRORS: Mapping[str, type[SelfplayError]] = {
     kind.__name__: kind for kind in (DataError, GeneratorError, RecipeError, SecurityError)
+}
+# what to change where a GPU's memory ran out, by kind of engine
+SMALLER: Mapping[str, str] = {
+    "vllm": "generator.max_batch_size, max_model_len or gpu_memory_utilization, or raise tensor_parallel_size",
+    "transformers": "generator.max_batch_size",
+    "reward_model": "judge.max_batch_tokens or max_length",
 }
 
 
@@ -104,6 +112,7 @@ class _Child:
     process: "subprocess.Popen[bytes]"
     channel: Channel
     log: IO[bytes]
+    log_begin: int
 
 
 def _spawn(kind: str, environment: Mapping[str, str], log_path: Path | None) -> _Child:
@@ -112,6 +121,7 @@ def _spawn(kind: str, environment: Mapping[str, str], log_path: Path | None) -> 
         stack.enter_context(theirs)
         stack.enter_context(ours)
         log: IO[bytes] = stack.enter_context(_open_log(log_path))
+        begin = log.seek(0, os.SEEK_END)
         fd = theirs.fileno()
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "selfplay.generators.child", str(fd), str(os.getpid()), kind],
@@ -125,7 +135,7 @@ def _spawn(kind: str, environment: Mapping[str, str], log_path: Path | None) -> 
         channel = Channel(Connection(ours.detach()))
         stack.pop_all()
     theirs.close()
-    return _Child(kind, environment, log_path, process, channel, log)
+    return _Child(kind, environment, log_path, process, channel, log, begin)
 
 
 _ahead: list[_Child] = []  # those that nobody has taken
@@ -169,10 +179,12 @@ class _Replica:
     def __init__(self, settings: EngineSettings, number: int, log_path: Path | None) -> None:
         self.settings = settings
         self.log_path = log_path
+        self.name = f"the {settings.kind} engine of {settings.model}"
         self.busy = True  # until it says that it is ready
         environment = child_environment(settings, number)
         child = _taken(settings.kind, environment, log_path) or _spawn(settings.kind, environment, log_path)
-        self.process, self.channel, self.log = child.process, child.channel, child.log
+        self.process, self.channel = child.process, child.channel
+        self.log, self.log_begin = child.log, child.log_begin
         # one that has failed says why in what it sent
         with contextlib.suppress(HungUpError):
             self.channel.send(settings=asdict(settings))
@@ -215,18 +227,26 @@ class _Replica:
         if "error" not in message:
             self.busy = not ("done" in message or "ready" in message)
             return message
-        text = f"the {self.settings.kind} engine of {self.settings.model}: {message['error']}"
+        self.busy = message["fatal"]
         if message["fatal"] and message["kind"] not in ERRORS:
-            self._await_end()  # the traceback is written after the message was sent
-            text += f"\n{self.quoted_log()}"
-        else:
-            self.busy = message["fatal"]
-        raise ERRORS.get(message["kind"], GeneratorError)(text)
+            raise self.failed(message)
+        raise ERRORS.get(message["kind"], GeneratorError)(f"{self.name}: {message['error']}")
+
+    def failed(self, message: Mapping[str, Any]) -> GeneratorError:
+        """What to raise for an exception that ended the process, and is none of ours."""
+        self._await_end()  # the traceback is written after the message was sent
+        text, errors = f"{self.name}: {message['error']}", errors_in(self.log_lines())
+        if any("out of memory" in error for error in (message["error"], *errors)):
+            text += (
+                f"\nA GPU's memory ran out: lower {SMALLER[self.settings.kind]}; nvidia-smi tells what else is on it"
+            )
+        # a core that was killed left no error of its own
+        died = message["kind"] == CORE_DEAD and all(CORE_DEAD in error for error in errors)
+        return (EngineDiedError if died else GeneratorError)(f"{text}\n{self.quoted_log()}")
 
     def died(self) -> GeneratorError:
         """What to raise for a process that is gone, or whose channel is."""
-        text = f"the {self.settings.kind} engine of {self.settings.model}"
-        ended = self._await_end()
+        text, ended = self.name, self._await_end()
         if ended is None:
             return GeneratorError(f"{text} hung up\n{self.quoted_log()}")
         if ended.si_code == os.CLD_EXITED:
@@ -247,12 +267,14 @@ class _Replica:
         return os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
 
     def quoted_log(self) -> str:
-        """The last lines of the child's log, and where all of it is."""
+        """The errors in the child's log, its last lines, and where all of it is."""
+        return quote(self.log_lines(), f" ({self.log_path})" if self.log_path else "")
+
+    def log_lines(self) -> list[str]:
+        """What this child wrote: an earlier one may have had the same file."""
         self.log.flush()
-        self.log.seek(0)
-        lines = self.log.read().decode(errors="replace").splitlines()[-LOG_TAIL_LINES:]
-        where = f" ({self.log_path})" if self.log_path else ""
-        return f"the end of its log{where}:\n" + "\n".join(f"  | {line}" for line in lines)
+        self.log.seek(self.log_begin)
+        return self.log.read().decode(errors="replace").splitlines()
 
 
 def _messages(replicas: Sequence[_Replica], until: str) -> Iterator[tuple[_Replica, dict[str, Any]]]:
@@ -286,17 +308,10 @@ def _open_log(path: Path | None) -> IO[bytes]:
 
 
 def _end(process: "subprocess.Popen[bytes]", channel: Channel, log: IO[bytes]) -> None:
-    _end_group(process.pid)
+    end_group(process.pid)
     process.wait()
     channel.connection.close()
     log.close()
-
-
-def _end_group(group: int) -> None:
-    try:
-        os.killpg(group, signal.SIGKILL)
-    except ProcessLookupError:
-        return
 
 
 def _numbered(path: Path | None, number: int) -> Path | None:

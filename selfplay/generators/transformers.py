@@ -1,7 +1,7 @@
 """The transformers engine: our own sampling loop over a Hugging Face model, in this process.
 
 A prompt is prefilled once for all its completions, a finished completion leaves the batch, and each has its own noise,
-drawn on the CPU from its seed whatever the device. The same requests in the same order give the same bytes.
+drawn on the CPU from its seed whatever the device. On a CPU the same requests in the same order give the same bytes.
 
 Shapes: U distinct prompts of a batch, S sequences, P prompt tokens, T tokens so far, V vocabulary.
 """

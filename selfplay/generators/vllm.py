@@ -99,7 +99,8 @@ def engine_arguments(settings: EngineSettings, *, on_cpu: bool) -> dict[str, Any
         "model": settings.model,
         "dtype": settings.dtype,
         "seed": settings.seed,
-        "max_model_len": settings.max_model_len,
+        # -1: the model's own length, or what the cache holds where that is less: 131,072 tokens of an 8B model take 16 GiB
+        "max_model_len": settings.max_model_len or -1,
         "gpu_memory_utilization": settings.gpu_memory_utilization,
         "tensor_parallel_size": settings.tensor_parallel_size,
         "generation_config": "vllm",

@@ -15,7 +15,7 @@ from selfplay.chat import Chat, template_text
 from selfplay.errors import DataError, GeneratorError, RecipeError
 from selfplay.generators.engine import EngineSettings, Scorer, start_scorer
 from selfplay.generators.isolated import EngineDiedError, IsolatedEngine
-from selfplay.models import local_model
+from selfplay.models import declared_length, local_model
 from selfplay.protocols import JudgeContext
 from selfplay.recipe_reward import RewardModelRecipe
 from selfplay.store import weights_digest
@@ -149,12 +149,18 @@ def open_reward_model(recipe: RewardModelRecipe, key: str = "judge") -> RewardMo
     """The judge that a recipe names; its model is opened when it is first asked."""
     folder = local_model(recipe.model)
     check_reward_model(recipe, folder, key)
-    settings = EngineSettings("reward_model", str(folder), dtype=recipe.dtype, device=recipe.device)
+    settings = EngineSettings(
+        "reward_model",
+        str(folder),
+        dtype=recipe.dtype,
+        device=recipe.device,
+        data_parallel_size=recipe.data_parallel_size,
+    )
     return RewardModelJudge(
         load_reward_chat(folder, recipe.chat_template, key=f"{key}.chat_template"),
         lambda: _open(settings),
         model=weights_digest(folder),
-        max_length=recipe.max_length or positions(folder),
+        max_length=recipe.max_length or declared_length(folder),
         max_batch_tokens=recipe.max_batch_tokens,
         dtype=recipe.dtype,
     )
@@ -164,7 +170,7 @@ def _open(settings: EngineSettings) -> Scorer:
     import torch
 
     # a CUDA context in this process would keep memory from the policy's engine and the trainer
-    isolate = settings.device != "cpu" and torch.cuda.is_available()
+    isolate = settings.data_parallel_size > 1 or (settings.device != "cpu" and torch.cuda.is_available())
     return IsolatedEngine(settings) if isolate else start_scorer(settings)
 
 
@@ -184,17 +190,9 @@ def check_reward_model(recipe: RewardModelRecipe, folder: Path, key: str) -> Non
         )
     if recipe.chat_template is None and not _has_template(folder):
         raise RecipeError(_no_template(folder, f"{key}.chat_template"))
-    limit = positions(folder)
+    limit = declared_length(folder)
     if limit is not None and recipe.max_length is not None and recipe.max_length > limit:
         raise RecipeError(f"{key}.max_length is {recipe.max_length}, but {folder} has {limit} positions: lower it")
-
-
-def positions(folder: Path) -> int | None:
-    """The most tokens of a sequence; None where the model's config names no such number."""
-    config = json.loads((folder / "config.json").read_text())
-    declared = config.get("text_config", config)
-    found = declared.get("max_position_embeddings") or declared.get("n_positions")
-    return int(found) if found else None
 
 
 def _has_head(folder: Path) -> bool:
