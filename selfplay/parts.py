@@ -114,6 +114,8 @@ def open_sources(
         report.note(
             f"{_prompts_of(name)}: {len(pool.train)} for training, {len(pool.heldout)} held out (form: {pool.form})"
         )
+        if view.idle_panel_judge is not None:
+            report.note(f"{_panel_of(name)}: {view.idle_panel_judge}")
         judge = panel_judge = mine.judge if mine.judge is not None else opened(view.judge)
         if mine.judge is None or view.evaluate.judge is not None:
             panel_judge = opened_for_panel(view)

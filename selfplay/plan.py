@@ -245,6 +245,8 @@ def print_plan(plan: Plan, console: Console) -> None:
             console.print(f"         {line}", markup=False, soft_wrap=True)
         if pool.drops:
             console.print("         prompts over max_prompt_length are dropped later")
+        if (idle := plan.recipe.by_source[name].idle_panel_judge) is not None:
+            console.print(f"         {idle}", markup=False, soft_wrap=True)
     console.print()
     for round in plan.rounds:
         for line in _round_lines(plan.recipe, round):

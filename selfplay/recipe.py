@@ -267,15 +267,19 @@ class Recipe(Section):
 class SourceView(Recipe):
     """A recipe as one of its sources has it: with that source's prompts, judge, pairs and panel judge."""
 
+    @property
+    def idle_panel_judge(self) -> str | None:
+        """What to say of an evaluate.judge that no held-out prompts are there for. It is no error: who leaves the panels of a
+        recipe out says `prompts.heldout: null` and no more.
+        """
+        idle = self.evaluate.judge is not None and self.prompts.heldout is None
+        return "evaluate.judge scores nothing: prompts.heldout names no prompts" if idle else None
+
     def check_source(self) -> None:
         """ValueError where judge, pairs, completions and training don't fit each other."""
         pairs = self.pairs
         if not pairs.reads_scores and self.judge is not None:
             raise ValueError(f"pairs.kind {pairs.kind} reads no scores: remove the judge (evaluate.judge is fine)")
-        if self.evaluate.judge is not None and self.has_prompts and self.prompts.heldout is None:
-            raise ValueError(
-                "evaluate.judge: prompts.heldout names no prompts that it could judge; name some, or leave it out"
-            )
         counts, k = self.generator.num_completions, pairs.k if isinstance(pairs, TopKVsBottomKRecipe) else 0
         for round in range(rounds_that_differ(counts, k)):
             count, least = at_round(counts, round), pairs.min_completions

@@ -263,13 +263,6 @@ def test_the_panel_asks_its_own_judge_or_the_runs() -> None:
     assert isinstance(shared.heldout_judge, VerifierRecipe)
 
 
-def test_a_panel_judge_without_held_out_prompts_is_refused() -> None:
-    prompts = {"source": "some/set", "deal": "same"}
-    with pytest.raises(RecipeError, match=r"evaluate\.judge: prompts\.heldout names no prompts"):
-        check_recipe(small(prompts=prompts, evaluate={"judge": {"kind": "coin"}}), "r.yaml")
-    assert check_recipe({"model": "m", "evaluate": {"judge": {"kind": "coin"}}}, "r.yaml").evaluate.judge is not None
-
-
 def test_a_warmup_ratio_of_one_or_more_is_refused() -> None:
     for ratio in (1, 1.5, [0.1, 2]):
         with pytest.raises(RecipeError, match="a ratio is below 1"):

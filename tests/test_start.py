@@ -82,6 +82,18 @@ def test_a_policy_that_judges_itself_gives_its_own_panel_no_score(tiny: Path, tm
     assert other.heldout_judge is not None
 
 
+@pytest.mark.parametrize("arguments", [[], ["--dry-run"]], ids=["run", "dry-run"])
+@pytest.mark.parametrize("held_out", [True, False], ids=["held out", "none held out"])
+def test_a_panel_judge_that_has_nothing_to_score_is_told(
+    tiny: Path, tmp_path: Path, arguments: list[str], held_out: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(tmp_path, tiny, rounds=1, evaluate={"judge": {"kind": "coin"}})
+    more = [] if held_out else ["--set", "prompts.heldout=null"]
+    assert main(["iterate", str(recipe), "--out", str(tmp_path / "run"), *more, *arguments]) == 0
+    said = "".join(capsys.readouterr())
+    assert ("evaluate.judge scores nothing" in said) is not held_out
+
+
 def test_a_prompt_that_leaves_no_room_for_max_tokens_is_dropped_with_its_reason(tiny: Path, tmp_path: Path) -> None:
     path = write_recipe(tmp_path, tiny, prompts={"source": "prompts.jsonl", "deal": "same"})
     rows(tmp_path, [*asking(3), {"prompt": "word " * 90}])
