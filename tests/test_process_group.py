@@ -92,6 +92,7 @@ def test_ending_a_group_that_is_gone_is_fine() -> None:
     leader = subprocess.Popen(["true"], start_new_session=True)
     leader.wait()
     end_group(leader.pid)
+    assert await_end(leader.pid, 0.0)
 
 
 def test_an_engine_whose_helper_was_killed_ends_and_says_so() -> None:
