@@ -106,8 +106,9 @@ bench: $(VENV)/.engine-$(ENGINE) $(VENV)/.test $(MODEL)/config.json ## time trai
 # Random weights, so nothing is fetched; peers that are not installed are named as left out.
 bench-gpu: $(VENV)/.engine-$(ENGINE) $(VENV)/.test ## the same with 1B and 8B random weights on one NVIDIA GPU
 	$(PIP) install -e ".[bnb]"
-	HF_HUB_OFFLINE=1 $(BIN)/python tests/benchmarks/bench.py --device cuda --size 1b $(BENCH)
-	HF_HUB_OFFLINE=1 $(BIN)/python tests/benchmarks/bench.py --device cuda --size 8b $(BENCH)
+	failed=0; for size in 1b 8b; do \
+	  HF_HUB_OFFLINE=1 $(BIN)/python tests/benchmarks/bench.py --device cuda --size $$size $(BENCH) || failed=1; \
+	done; exit $$failed
 
 # About 11 hours of one core in all, in pieces: what is finished is not played again. SCIENCE="B --arm coin --seed 0" plays
 # one arm; SCIENCE="A --instructions FILE --embeddings FOLDER" names what A needs. See tests/science/README.md.
