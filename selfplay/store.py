@@ -6,7 +6,6 @@ with TEMPORARY, which nobody else uses: what a kill leaves under it is swept awa
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -21,7 +20,7 @@ from safetensors import SafetensorError
 from selfplay import faults
 from selfplay.adapters import base_folder, is_adapter
 from selfplay.digests import known_digest
-from selfplay.errors import LockedError, StorageError
+from selfplay.errors import StorageError
 from selfplay.types import Demonstration, Drop, Group, Judgement, PreferencePair, Prompt
 
 R = TypeVar("R")
@@ -334,21 +333,3 @@ def check_folder(path: Path) -> None:
             f"{sums}: damaged or missing: it names no {', '.join(f.name for f in unlisted)}. "
             f"Delete the folder {path} to make it anew"
         )
-
-
-@contextlib.contextmanager
-def locked(run: Path) -> Iterator[None]:
-    """Holds the run for this process. LockedError names the process that has it."""
-    run.mkdir(parents=True, exist_ok=True)
-    with (run / ".lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise LockedError(
-                f"{run}: process {file.read().strip()} works on this run; wait for it or stop it"
-            ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield

@@ -20,6 +20,7 @@ from tiny import make_tiny_model
 import selfplay
 from selfplay import store
 from selfplay.errors import DataError, LockedError, NoPairsError, RecipeError, StorageError, UnparsedGateError
+from selfplay.lock import locked
 from selfplay.recipe_file import check_recipe
 from selfplay.rounds import iterate
 from selfplay.types import Completion, Group, PreferencePair, Prompt
@@ -291,7 +292,7 @@ def test_a_damaged_file_is_found_and_never_used(rig: dict[str, Any], tmp_path: P
 
 def test_a_second_process_is_told_who_works_on_the_run(rig: dict[str, Any], tmp_path: Path) -> None:
     out = tmp_path / "run"
-    with store.locked(out), pytest.raises(LockedError, match=str(os.getpid())):
+    with locked(out), pytest.raises(LockedError, match=str(os.getpid())):
         play(changed(rig), out)
 
 

@@ -2,9 +2,7 @@
 
 import errno
 import hashlib
-import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 
 from selfplay import faults, store
-from selfplay.errors import LockedError, StorageError
+from selfplay.errors import StorageError
 from selfplay.types import Completion, Drop, Group, Judgement, Message, PreferencePair, Prompt
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
@@ -327,28 +325,6 @@ def test_a_kill_at_any_rename_leaves_a_whole_file_or_none(
     store.write_bytes(path, b"newer")
     assert store.read_bytes(path) == b"newer"
     assert len(list(tmp_path.iterdir())) == 2
-
-
-def test_a_second_process_is_refused_with_the_first_ones_number(tmp_path: Path) -> None:
-    code = (
-        "import sys\nfrom pathlib import Path\nfrom selfplay.store import locked\n"
-        "with locked(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()\n"
-    )
-    run = tmp_path / "run"
-    with subprocess.Popen(
-        [sys.executable, "-c", code, str(run)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as holder:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "held\n"
-        with pytest.raises(LockedError, match=rf"process {holder.pid} works on this run"), store.locked(run):
-            pass
-        holder.communicate()
-    with store.locked(run):
-        assert (run / ".lock").read_text() == str(os.getpid())
-        with pytest.raises(LockedError, match=str(os.getpid())), store.locked(run):
-            pass
-    with store.locked(run):
-        pass
 
 
 def test_weights_are_known_by_their_bytes_not_by_their_place(tmp_path: Path) -> None:
