@@ -31,6 +31,8 @@ ORDER = (
     "recipe_file",
     "adapters",
     "store",
+    "lock",
+    "versions",
     "changes",
     "records",
     "scratch",
