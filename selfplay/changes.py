@@ -68,6 +68,7 @@ FIRST: dict[str, tuple[str, ...]] = {
     # a checkpoint records them, and the policy does not depend on them
     "train.max_audit_difference": (CHECKPOINTS,),
     "train.gradient_checkpointing": (CHECKPOINTS,),
+    "train.full_determinism": (CHECKPOINTS,),
     **dict.fromkeys(
         (
             "train.learning_rate",

@@ -91,6 +91,8 @@ class TrainRecipe(Section):
     max_pack_length: PositiveInt | None = None
     bf16: bool | Literal["auto"] = "auto"
     gradient_checkpointing: bool = False
+    # sums of one order on CUDA too, where a job that goes on else differs by rounding; slower
+    full_determinism: bool = False
     lora: LoraRecipe | None = None
     optimizer_state: Literal["fresh", "carried"] = "fresh"
     schedule_scope: Literal["round", "run"] = "round"

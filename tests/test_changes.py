@@ -50,6 +50,7 @@ OPEN = {
     "a rate of a round to come": ([POLICY_0], train(learning_rate=0.5), train(learning_rate=[0.5, 0.1])),
     "a margin of a round to come": ([PAIRS_0], pairs(min_margin=0.5), pairs(min_margin=[0.5, 0.1])),
     "gradient checkpointing": ([POLICY_0], train(), train(gradient_checkpointing=True)),
+    "determinism on CUDA": ([POLICY_0], train(), train(full_determinism=True)),
     "where a reward model is measured, and how it is shown conversations": (
         [POLICY_0],
         recipe(judge={"kind": "reward_model", "model": "a", "chat_template": "x.jinja"}),

@@ -1,5 +1,6 @@
 """Checkpoints of a training job: everything that a step leaves behind, so that going on gives the same bits on a CPU. On CUDA
-the sums of some kernels (attention's gradients, additions at an index) have no fixed order, and two runs differ by rounding.
+the sums of some kernels (attention's gradients, additions at an index) have no fixed order, and two runs differ by rounding,
+unless train.full_determinism is set.
 
     train/checkpoints/step-000120/
       state-00000.safetensors ...  fp32 weights, optimizer state, random states; a file holds about FILE_BYTES

@@ -19,6 +19,7 @@ from selfplay.errors import RecipeError, Stopped, TrainerError
 from selfplay.recipe_train import reads
 from selfplay.train.budget import pack_tokens, with_pack_length
 from selfplay.train.checkpoint import Checkpoints, Due, Found, processes_line
+from selfplay.train.determinism import full_determinism
 from selfplay.train.memory import SmallerPacksError
 from selfplay.train.model import default_device, load_model, save_policy
 from selfplay.train.optim import carry_optimizer, make_optimizer, make_schedule, save_optimizer
@@ -45,7 +46,8 @@ def run_training(job: TrainJob, progress: Progress = SILENT, world: World | None
     `world` are the processes that do this together: each calls this with the same job. None where this one is alone.
     """
     try:
-        return _train(job, progress, world or World(default_device()))
+        with full_determinism(job.settings.full_determinism):
+            return _train(job, progress, world or World(default_device()))
     except torch.OutOfMemoryError as error:
         raise RecipeError(
             f"the device has too little memory for one pair, or for the optimizer ({error}). Set "

@@ -41,6 +41,7 @@ class TrainSettings:
     max_pack_length: int | None  # None: as long as the model's attention allows
     bf16: bool
     gradient_checkpointing: bool
+    full_determinism: bool
     lora: dict[str, Any] | None  # recipe_train.LoraRecipe; None trains all weights
     shuffle: bool
     save_steps: int | str

@@ -32,6 +32,19 @@ def swapped(pair: PreferencePair) -> PreferencePair:
     )
 
 
+class Watching:
+    """Notes whether torch is told to be deterministic, whenever a job says how far it is."""
+
+    def __init__(self) -> None:
+        self.seen: set[bool] = set()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        self.seen.add(torch.are_deterministic_algorithms_enabled())
+
+    def note(self, text: str) -> None:
+        raise AssertionError(text)
+
+
 def same_bytes(one: Path, other: Path) -> bool:
     """Whether two folders hold the same files with the same bytes."""
 
@@ -128,6 +141,17 @@ def test_gradient_checkpointing_and_the_pack_cap_change_nothing(
             assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
             assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
     assert sum(r["num_tokens"] for r in found) > sum(r["num_tokens"] for r in wanted)
+
+
+def test_full_determinism_holds_while_a_job_trains_and_changes_no_bit_on_a_cpu(
+    tiny: Path, pairs: Sequence[PreferencePair], tmp_path: Path
+) -> None:
+    for name, wanted in (("plain", False), ("asked", True)):
+        watching = Watching()
+        run_training(job_of(tmp_path / name, tiny, pairs, full_determinism=wanted, max_steps=2), watching)
+        assert watching.seen == {wanted}
+        assert not torch.are_deterministic_algorithms_enabled()
+    assert same_bytes(tmp_path / "plain" / "out" / "policy", tmp_path / "asked" / "out" / "policy")
 
 
 def test_a_weight_scales_what_its_pair_adds_to_the_loss(
