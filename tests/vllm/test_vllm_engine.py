@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import processes_of
 from transformers import AutoModelForCausalLM
 
 from selfplay.chat import Chat
@@ -67,19 +68,6 @@ def logp_errors(hf: "torch.nn.Module", groups: Sequence[Group]) -> "torch.Tensor
 
 def ids_of(groups: Sequence[Group]) -> list[tuple[int, ...]]:
     return [completion.token_ids for group in groups for completion in group.completions]
-
-
-def processes_of(group: int) -> set[int]:
-    """The processes of a group that run, zombies left out: a container's first process may never reap them."""
-    found = set()
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if int(fields[2]) == group and fields[0] != "Z":
-            found.add(int(stat.parent.name))
-    return found
 
 
 def all_gone(group: int) -> bool:
