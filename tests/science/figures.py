@@ -46,6 +46,14 @@ def read_groups(folder: Path) -> list[Group]:
     return [group for path in shards(folder) for group in store.read_records(path, Group)]
 
 
+def trained_on(place: Path, rate: float | None) -> tuple[int | None, int | None]:
+    """The rows and the optimizer steps of all trainings of an item, at the rate that it took; None where it trains nothing."""
+    results = [store.read_json(path) for path in (place / f"rate-{rate:g}").rglob("train/result.json")] if rate else []
+    if not results:
+        return None, None
+    return sum(one["num_pairs"] for one in results), sum(one["num_steps"] for one in results)
+
+
 @dataclass(frozen=True, slots=True)
 class Gain:
     """A mean difference over seeds and prompts, and its paired 95 % bootstrap interval over both."""

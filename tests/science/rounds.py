@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from figures import Panel, Scores, at_kl, gain, markdown, read_groups, read_panel
+from figures import Panel, Scores, at_kl, gain, markdown, read_groups, read_panel, trained_on
 from lab import Item, Lab, Values
 from steps import fit
 
@@ -17,7 +17,9 @@ Panels = dict[Item, Panel]
 
 
 def matched_temperature(lab: Lab, seed: int) -> dict[str, float]:
-    """The temperature at which the untrained model has, where its own completions stand, the entropy of the trained policy."""
+    """The temperature at which the untrained model has, where its own completions stand, the entropy of the trained policy.
+    DataError where none of TEMPERATURES' range has it.
+    """
     base, prior = (Item(arm, seed, lab.first_point(arm)) for arm in ("base", "prior"))
     path = lab.folder(base) / "entropies.json"
     if lab.done(base) is None or lab.done(prior) is None:
@@ -27,8 +29,26 @@ def matched_temperature(lab: Lab, seed: int) -> dict[str, float]:
 
         groups = read_groups(lab.folder(base) / "test" / "heldout" / "temperature")
         store.write_json(path, entropies(Path(lab.model), groups, TEMPERATURES))
-    target = store.read_json(lab.folder(prior) / "test" / "eval.json")["entropy"]
-    return {"evaluate.temperature": round(float(np.interp(target, store.read_json(path), TEMPERATURES)), 3)}
+    target, known = store.read_json(lab.folder(prior) / "test" / "eval.json")["entropy"], store.read_json(path)
+    if not known[0] <= target <= known[-1]:
+        raise DataError(
+            f"{lab.id}: no temperature from 0.2 to 1.2 has an entropy of {target:.3f} nats, as {prior.place} has"
+        )
+    return {"evaluate.temperature": round(float(np.interp(target, known, TEMPERATURES)), 3)}
+
+
+def own_entropy(lab: Lab, item: Item, temperature: float) -> float:
+    """The entropy (nats per token) of a panel of the untrained model at another temperature, where that panel's completions
+    stand; kept in the item's folder.
+    """
+    path = lab.folder(item) / "entropy.json"
+    if not path.exists():
+        from scoring import entropies
+
+        groups = read_groups(lab.folder(item) / "test" / "heldout" / "temperature")
+        store.write_json(path, entropies(Path(lab.model), groups, [temperature])[0])
+    found: float = store.read_json(path)
+    return found
 
 
 def offline_pairs(lab: Lab, seed: int, values: Values) -> Path:
@@ -58,15 +78,18 @@ def table(lab: Lab) -> str:
     for item in lab.items():
         done, panel, base = lab.done(item), panels.get(item), panels.get(Item("base", item.seed, "only"))
         if done is None or panel is None:
-            rows.append([item.arm, item.point, item.seed, "not run", *[None] * 8])
+            rows.append([item.arm, item.point, item.seed, "not run", *[None] * 10])
             continue
         f, transfer = panel.figures, read_panel(lab.folder(item) / "ifeval")
         own = gain([base.scores], [panel.scores]) if base and item.arm != "base" else None
         ifeval = (transfer.figures["heldout_score"], transfer.figures["heldout_greedy"]) if transfer else (None, None)
         how = f"{done['rate']:g}" if done["rate"] else next(iter(done["panel"].values()), None)
-        shown = [f["heldout_score"], own, f["heldout_greedy"], f["mean_length"], f["entropy"], f["kl"], *ifeval]
-        rows.append([item.arm, item.point, item.seed, how, *shown])
-    head = "arm|point|seed|rate or setting|score|gain|greedy|length|entropy|KL|IFEval|greedy"
+        entropy, temperature = f["entropy"], done["panel"].get("evaluate.temperature")
+        if entropy is None and temperature is not None:
+            entropy = own_entropy(lab, item, temperature)
+        shown = [f["heldout_score"], own, f["heldout_greedy"], f["mean_length"], entropy, f["kl"], *ifeval]
+        rows.append([item.arm, item.point, item.seed, how, *trained_on(lab.folder(item), done["rate"]), *shown])
+    head = "arm|point|seed|rate or setting|pairs|steps|score|gain|greedy|length|entropy|KL|IFEval|greedy"
     return "\n\n".join([markdown(head.split("|"), rows), matched(lab, panels), first_points(lab)])
 
 

@@ -1,5 +1,6 @@
 """Experiment A: what it trains beside rounds of SPIN, and how it scores gold answers."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from figures import read_groups
@@ -11,7 +12,7 @@ from selfplay import store
 from selfplay.errors import DataError
 from selfplay.models import load_chat
 from selfplay.preferences import read_demonstrations
-from selfplay.types import Demonstration
+from selfplay.types import Demonstration, Group
 
 
 def prepare(lab: Lab, *, data_only: bool = False) -> None:
@@ -83,8 +84,36 @@ def train_sft(lab: Lab, item: Item, start: Path, values: Values, out: Path) -> P
     return fit(lab, {**more, **values}, start, rows, out, seed=item.seed)
 
 
+@dataclass(frozen=True, slots=True)
+class HeldoutRow:
+    """A test row: its gold answer, and the fresh completion (of the SFT policy, temperature 1) that it is to be told from."""
+
+    group: Group
+    gold: Demonstration
+
+    @property
+    def prompt(self) -> str:
+        return self.group.prompt.text
+
+    @property
+    def fresh_token_ids(self) -> tuple[int, ...]:
+        return self.group.completions[0].token_ids
+
+    @property
+    def same(self) -> bool:
+        """Gold answer and fresh completion are the same tokens, so that nothing tells them apart."""
+        return self.gold.completion_token_ids == self.fresh_token_ids
+
+
+def heldout_rows(lab: Lab, seed: int) -> list[HeldoutRow]:
+    """The test rows of a seed, in the order of logps.json."""
+    golds = {row.prompt_id: row for row in demonstrations(lab, "test")}
+    panel = lab.folder(Item("sft", seed, "only")) / "test" / "heldout" / "temperature"
+    return [HeldoutRow(group, golds[group.prompt.id]) for group in read_groups(panel) if group.prompt.id in golds]
+
+
 def score_gold(lab: Lab, item: Item, policy: Path) -> None:
-    """logps.json: of every test row the summed logps (nats) of the gold answer and of a completion of the SFT policy."""
+    """logps.json: of every test row the summed logps (nats) of the gold answer and of the fresh completion."""
     from scoring import logp_per_token, logps_of
 
     from selfplay.train.reference import as_demonstration
@@ -92,20 +121,12 @@ def score_gold(lab: Lab, item: Item, policy: Path) -> None:
     path = lab.folder(item) / "logps.json"
     if path.exists():
         return
-    golds = {row.prompt_id: row for row in demonstrations(lab, "test")}
-    panel = lab.folder(Item("sft", item.seed, "only")) / "test" / "heldout" / "temperature"
-    groups = [group for group in read_groups(panel) if group.prompt.id in golds]
-    gold = [golds[group.prompt.id] for group in groups]
-    fresh = [as_demonstration(group, group.completions[0].token_ids) for group in groups]
-    sums = logps_of(policy, [*gold, *fresh])
+    rows = heldout_rows(lab, item.seed)
+    gold = [row.gold for row in rows]
+    sums = logps_of(policy, [*gold, *(as_demonstration(row.group, row.fresh_token_ids) for row in rows)])
     found = {
         "gold": sums[: len(gold)],
         "fresh": sums[len(gold) :],
         "gold_per_token": logp_per_token(sums[: len(gold)], gold),
-        "shorter": [is_shorter(g, f) for g, f in zip(gold, fresh, strict=True)],
     }
     store.write_json(path, found)
-
-
-def is_shorter(one: Demonstration, other: Demonstration) -> bool:
-    return len(one.completion_token_ids) < len(other.completion_token_ids)
