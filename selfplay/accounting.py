@@ -5,8 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from selfplay.audit import audit
-from selfplay.canaries import CanaryVerdict
+from selfplay.audit import NO_EVIDENCE, Evidence, audit
 from selfplay.pairs import Selection
 from selfplay.types import Group, Judgement
 
@@ -25,7 +24,7 @@ def source_figures(
     groups: Sequence[Group],
     judgements: Sequence[Judgement] | None,
     selection: Selection,
-    canaries: Sequence[CanaryVerdict] = (),
+    evidence: Evidence = NO_EVIDENCE,
     *,
     round: int,
 ) -> dict[str, Any]:
@@ -33,7 +32,7 @@ def source_figures(
     that gives no pair at all is an alarm: the round trains without it.
     """
     counts = row_counts(groups, selection, round)
-    audited = audit(groups, judgements, selection.pairs, canaries)
+    audited = audit(groups, judgements, selection.pairs, evidence)
     if name and groups and not selection.num_own_prompts(round):
         why = "; ".join(sorted(counts["num_prompts_without_pair"]))
         audited["alarms"].append(f"none of its {len(groups)} prompts gave a pair ({why}): the round trains without it")

@@ -88,26 +88,32 @@ def wilson_interval(successes: float, count: int) -> tuple[float, float]:
 
 
 def compare_judges(one: Sequence[Judgement], other: Sequence[Judgement], *, limit: int = 10) -> dict[str, Any]:
-    """Agreement of two judges on the prompts that both judged, and the `limit` pairs on which they differ most.
+    """Agreement of two judges on the prompts of which both judged the same completions, and the `limit` pairs on which they
+    differ most.
 
-    `kendall` is within prompts, `spearman` over all completions. A gap is between the differences of two scores, each as a
-    share of its judge's range, in [0, 2]. DataError: a prompt judged twice, or with another number of completions.
+    `num_other_completions` is how many prompts both judged, but not the same completions of: those are left out.
+    `num_unknown` is how many are compared though a judgement from before digests were kept doesn't say of which completions
+    it is. `kendall` is within prompts, `spearman` over all completions. A gap is between the differences of two scores, each
+    as a share of its judge's range, in [0, 2]. DataError: a prompt judged twice, or no prompt left of those that both judged.
     """
     a, b = _by_prompt(one, "first"), _by_prompt(other, "second")
-    ids = [id for id in a if id in b]
-    for id in ids:
-        if len(a[id].scores) != len(b[id].scores):
-            raise DataError(
-                f"prompt {id}: {len(a[id].scores)} completions in the first judgements, {len(b[id].scores)} in the second; "
-                "compare judgements of the same groups"
-            )
+    both_judged = [id for id in a if id in b]
+    same = {id: _same_completions(a[id], b[id]) for id in both_judged}
+    ids = [id for id in both_judged if same[id] is not False]
+    if both_judged and not ids:
+        raise DataError(
+            f"both judged {len(both_judged)} prompts, but of none the same completions: compare judgements of the same groups, "
+            "of one round or one panel"
+        )
     scores_a, scores_b = [a[id].scores for id in ids], [b[id].scores for id in ids]
     flat = [(x, y) for p, q in zip(scores_a, scores_b, strict=True) for x, y in zip(p, q, strict=True)]
     both = [(x, y) for x, y in flat if x is not None and y is not None]
     counts = sign_counts(scores_a, scores_b)
     return {
         "num_prompts": len(ids),
-        "num_prompts_of_one": len(a) + len(b) - 2 * len(ids),
+        "num_prompts_of_one": len(a) + len(b) - 2 * len(both_judged),
+        "num_other_completions": len(both_judged) - len(ids),
+        "num_unknown": sum(same[id] is None for id in ids),
         "num_completions": len(flat),
         "num_without_verdict": len(flat) - len(both),
         "num_pairs": int(counts.sum()) // 2,
@@ -117,6 +123,15 @@ def compare_judges(one: Sequence[Judgement], other: Sequence[Judgement], *, limi
         "kendall": kendall(counts),
         "disagreements": _disagreements(ids, scores_a, scores_b)[:limit],
     }
+
+
+def _same_completions(one: Judgement, other: Judgement) -> bool | None:
+    """Whether two judgements are of the same completions; None where that is not known."""
+    if len(one.scores) != len(other.scores):
+        return False
+    if not one.completions_digest or not other.completions_digest:
+        return None
+    return one.completions_digest == other.completions_digest
 
 
 def _by_prompt(judgements: Sequence[Judgement], which: str) -> dict[str, Judgement]:

@@ -6,14 +6,17 @@ Each figure names one of these, and where one is far out an alarm says so. Alarm
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
 
 from selfplay.agreement import kendall, sign_counts
 from selfplay.canaries import CanaryVerdict, canary_alarms, canary_figures
+from selfplay.judges.unparsed import Counted, count_verdicts, num_asked, unparsed
+from selfplay.labelled import labelled_alarms
 from selfplay.self_agreement import repeated, self_agreement, self_reliability
 from selfplay.types import Group, Judgement, PreferencePair
 
@@ -32,29 +35,48 @@ NUM_BINS = 10
 NUM_AT_ONCE = 10_000
 
 
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What is known of a round's judge beside its judgements: its verdicts on canaries, its figures on the labelled pairs
+    that audit.calibration names, and, of several judges, the judgements of each by name.
+    """
+
+    canaries: Sequence[CanaryVerdict] = ()
+    labelled: Mapping[str, Any] | None = None
+    members: Mapping[str, Sequence[Judgement]] = field(default_factory=dict)
+
+
+NO_EVIDENCE = Evidence()
+
+
 def audit(
     groups: Sequence[Group],
     judgements: Sequence[Judgement] | None,
     pairs: Sequence[PreferencePair],
-    canaries: Sequence[CanaryVerdict] = (),
+    evidence: Evidence = NO_EVIDENCE,
 ) -> dict[str, Any]:
     """The figures, under the names of `selfplay status --json`; None where there is nothing to count.
 
-    `parse_rate` is the share of completions with a verdict; `tie_rate` that of the pairs of completions of one prompt with
-    equal scores; `swap_consistency` that of a pairwise judge's comparisons whose two orders don't contradict each other;
-    `ceiling_share` that of scores equal to the round's highest. `length_correlation` is Kendall's tau-b of score and length
-    in tokens within prompts. `chosen_longer` is the share of pairs whose chosen completion has more tokens, an equal number
-    counting half. `histogram` has rows [low, high, count]. `self_agreement` and `self_reliability` are of the `num_repeated`
-    questions that were asked several times (self_agreement.py), `canaries` and `canary_loss_rate` of canaries.py.
+    `parse_rate` is the share of the `num_asked` verdicts that could be read, `scored_rate` that of completions with a score
+    (judges/unparsed.py); `tie_rate` that of the pairs of completions of one prompt with equal scores; `swap_consistency` that
+    of a pairwise judge's comparisons whose two orders don't contradict each other; `ceiling_share` that of scores equal to the
+    round's highest. `length_correlation` is Kendall's tau-b of score and length in tokens within prompts. `chosen_longer` is
+    the share of pairs whose chosen completion has more tokens, an equal number counting half. `histogram` has rows [low, high,
+    count]. `self_agreement` and `self_reliability` are of the `num_repeated` questions that were asked several times
+    (self_agreement.py), `canaries` and `canary_loss_rate` of canaries.py, `labelled`
+    of labelled.py. Of several judges `members` has the figures of each, and the three of repeated questions are those of all
+    their questions; their reliability, which knows scales, is the lowest.
     """
     shown = judgements or ()
-    num_scores = num_asked = num_highest = num_repeated = compared = flipped = 0
+    num_scores = num_highest = num_repeated = compared = flipped = asked = missing = num_completions = 0
     highest: float | None = None
     with_itself, with_length = sign_counts([], []), sign_counts([], [])
     # a prompt at a time: groups and judgements may be too many to hold
     for group, judgement in zip(groups if shown else (), shown, strict=True):
         row = judgement.scores
-        num_asked += len(row)
+        num_completions += len(row)
+        asked += num_asked(judgement)
+        missing += unparsed(judgement).total()
         for score in (score for score in row if score is not None):
             num_scores += 1
             if highest is None or score > highest:
@@ -65,24 +87,53 @@ def audit(
         compared += judgement.num_compared
         flipped += judgement.num_flipped
         num_repeated += sum(map(len, repeated([judgement])))
-    asked_again = shown if num_repeated else ()
+    counted = Counted(asked, missing, num_completions, num_completions - num_scores)
+    members = {name: _of_member(own) for name, own in evidence.members.items()}
     figures: dict[str, Any] = {
         "num_scores": num_scores,
         "num_compared": compared,
-        "parse_rate": num_scores / num_asked if num_asked else None,
+        "num_asked": asked,
+        "parse_rate": counted.parse_rate,
+        "scored_rate": counted.scored_rate,
         "tie_rate": float(with_itself[1, 1] / with_itself.sum()) if with_itself.sum() else None,
         "swap_consistency": 1 - flipped / compared if compared else None,
         "ceiling": highest,
         "ceiling_share": num_highest / num_scores if num_scores else None,
         "length_correlation": kendall(with_length),
         "chosen_longer": chosen_longer(pairs),
+        **(_of_all(evidence.members, members) if members else _of_repeated(shown, num_repeated)),
+        "histogram": histogram(lambda: (s for judgement in shown for s in judgement.scores if s is not None)),
+        **canary_figures(evidence.canaries),
+        "labelled": None if evidence.labelled is None else dict(evidence.labelled),
+    }
+    figures |= {"members": members} if members else {}
+    return figures | {"alarms": alarms(figures, num_pairs=len(pairs))}
+
+
+def _of_repeated(judgements: Sequence[Judgement], num_repeated: int) -> dict[str, Any]:
+    asked_again = judgements if num_repeated else ()
+    return {
         "num_repeated": num_repeated,
         "self_agreement": self_agreement(repeated(asked_again)),
         "self_reliability": self_reliability(repeated(asked_again)),
-        "histogram": histogram(lambda: (s for judgement in shown for s in judgement.scores if s is not None)),
-        **canary_figures(canaries),
     }
-    return figures | {"alarms": alarms(figures, num_pairs=len(pairs))}
+
+
+def _of_member(judgements: Sequence[Judgement]) -> dict[str, Any]:
+    counted, num_repeated = count_verdicts(judgements), sum(map(len, repeated(judgements)))
+    rates = {"num_asked": counted.num_asked, "parse_rate": counted.parse_rate, "scored_rate": counted.scored_rate}
+    return rates | _of_repeated(judgements, num_repeated)
+
+
+def _of_all(members: Mapping[str, Sequence[Judgement]], figures: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What the members' figures of repeated questions say together."""
+    known = [own["self_reliability"] for own in figures.values() if own["self_reliability"] is not None]
+    return {
+        "num_repeated": sum(own["num_repeated"] for own in figures.values()),
+        # equal is equal on any scale
+        "self_agreement": self_agreement(chain.from_iterable(repeated(own) for own in members.values())),
+        "self_reliability": min(known, default=None),
+    }
 
 
 def chosen_longer(pairs: Sequence[PreferencePair]) -> float | None:
@@ -129,10 +180,16 @@ def alarms(figures: dict[str, Any], *, num_pairs: int) -> list[str]:
             f"only {swap:.0%} of the comparisons agree with their swap (alarm below {MIN_SWAP_CONSISTENCY:.0%}): "
             "the judge follows the place of a completion"
         )
+    for name, own in figures.get("members", {"": figures}).items():
+        found += _noise_alarm(own, f"{name}: " if name else "")
+    return [*found, *canary_alarms(figures["canaries"]), *labelled_alarms(figures["labelled"])]
+
+
+def _noise_alarm(figures: Mapping[str, Any], whose: str) -> list[str]:
     reliability = figures["self_reliability"]
-    if figures["num_repeated"] >= MIN_COUNT and reliability is not None and reliability < MIN_SELF_RELIABILITY:
-        found.append(
-            f"verdicts on one question differ so much that {1 - reliability:.0%} of the variance of a prompt's scores is noise "
-            f"(alarm above {1 - MIN_SELF_RELIABILITY:.0%}): ask for more verdicts, or at a lower temperature"
-        )
-    return [*found, *canary_alarms(figures["canaries"])]
+    if figures["num_repeated"] < MIN_COUNT or reliability is None or reliability >= MIN_SELF_RELIABILITY:
+        return []
+    return [
+        f"{whose}verdicts on one question differ so much that {1 - reliability:.0%} of the variance of a prompt's scores is "
+        f"noise (alarm above {1 - MIN_SELF_RELIABILITY:.0%}): ask for more verdicts, or at a lower temperature"
+    ]

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from selfplay.errors import RecipeError
-from selfplay.labelled import calibration, labelled_group
-from selfplay.preferences import read_labelled
+from selfplay.labelled import calibration, labelled_group, labelled_rows
 from selfplay.progress import Reporter
 from selfplay.recipe import Recipe, SourceView
 from selfplay.single import judge_here, text_digest
@@ -32,17 +31,7 @@ def calibrate(
     judge that is the policy itself; `source` says whose judge, where the recipe has several sources.
     """
     recipe = _view(recipe, source)
-    columns = recipe.prompts
-    found, drops = read_labelled(
-        pairs,
-        name=name,
-        split=split,
-        prompt_column=columns.prompt_column,
-        gold_column=columns.gold_column,
-        checks_column=columns.checks_column,
-        system_prompt=columns.system_prompt,
-        limit=limit,
-    )
+    found, drops = labelled_rows(pairs, recipe.prompts, name=name, split=split, limit=limit)
     groups = [labelled_group(row) for row in found]
     digest = text_digest([[r.prompt.id, r.prompt.gold, r.prompt.checks, r.chosen, r.rejected] for r in found])
     kept = tempfile.TemporaryDirectory() if out is None else nullcontext(str(out))

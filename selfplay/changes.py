@@ -30,7 +30,7 @@ FREE: tuple[str, ...] = (
     "prompts.heldout.source",
     "chat.chat_template",
 )
-FREE += ("train.save_steps", "audit.canaries", "pairs.max_unparsed")
+FREE += ("train.save_steps", "audit.canaries", "audit.calibration", "pairs.max_unparsed")
 FREE += tuple(
     f"{section}.{key}"
     for section in ("judge", "evaluate.judge")

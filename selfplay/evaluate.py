@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from selfplay.judges.unparsed import count_verdicts
 from selfplay.judges.verifier import on_topic
 from selfplay.types import Completion, Group, Judgement
 
@@ -72,7 +73,8 @@ def panel_figures(
     kl: float | None,
     temperature: float,
 ) -> dict[str, Any]:
-    """The panel's figures under the names of `selfplay status --json`. A figure that could not be had is None.
+    """The panel's figures under the names of `selfplay status --json`. A figure that could not be had is None. `num_unjudged`
+    counts completions without a score, `parse_rate` is the share of the judge's verdicts that could be read.
 
     Lengths are tokens; entropy and kl are nats per token, estimated on completions sampled at `temperature` 1, and None at
     any other: the engine's logps are the policy's own, and no expectation under another distribution.
@@ -90,6 +92,9 @@ def panel_figures(
         "heldout_interval": None,
         "heldout_greedy": None,
         "num_unjudged": None,
+        "parse_rate": None,
+        "greedy_num_unjudged": None,
+        "greedy_parse_rate": None,
         "greedy_on_topic": _on_topic_rate(greedy),
         "greedy_mean_length": _mean([len(c.token_ids) for group in greedy for c in group.completions]),
         "per_prompt": {},
@@ -98,14 +103,31 @@ def panel_figures(
     if judgements is not None:
         scores = per_prompt_scores(groups, judgements)
         figures["per_prompt"] = scores
-        figures["num_unjudged"] = sum(s is None for j in judgements for s in j.scores)
+        counted = count_verdicts(judgements)
+        figures |= {"num_unjudged": counted.num_unscored, "parse_rate": counted.parse_rate}
         if scores:
             figures["heldout_score"] = _mean(list(scores.values()))
             figures["heldout_interval"] = list(bootstrap_interval(list(scores.values())))
     if greedy_judgements is not None:
+        counted = count_verdicts(greedy_judgements)
+        figures |= {"greedy_num_unjudged": counted.num_unscored, "greedy_parse_rate": counted.parse_rate}
         figures["per_prompt_greedy"] = per_prompt_scores(greedy, greedy_judgements)
         figures["heldout_greedy"] = _mean(list(figures["per_prompt_greedy"].values()))
     return figures
+
+
+def unjudged_share(panel: Mapping[str, Any], *, greedy: bool = False) -> float | None:
+    """Of a panel's figures, the share of completions without a score, or of verdicts that could not be read, whichever is
+    larger: how much of the panel its score says nothing about. None where nobody judged, or the panel is from before this
+    was counted.
+    """
+    before = "greedy_" if greedy else ""
+    missing = panel.get(f"{before}num_unjudged")
+    count = panel["num_prompts"] if greedy else panel["num_completions"]  # one greedy completion a prompt
+    if missing is None or not count:
+        return None
+    parse_rate = panel.get(f"{before}parse_rate")
+    return max(float(missing / count), 0.0 if parse_rate is None else float(1 - parse_rate))
 
 
 def entropy(completions: Sequence[Completion]) -> float | None:

@@ -1,11 +1,28 @@
 """How often does a judge prefer what people preferred? Figures of its judgements of labelled pairs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from selfplay.agreement import wilson_interval
-from selfplay.preferences import Labelled
-from selfplay.types import Completion, Group, Judgement, derive_seed
+from selfplay.preferences import Labelled, read_labelled
+from selfplay.recipe_prompts import PromptsRecipe
+from selfplay.types import Completion, Drop, Group, Judgement, derive_seed
+
+
+def labelled_rows(
+    source: str, columns: PromptsRecipe, *, name: str | None = None, split: str = "train", limit: int | None = None
+) -> tuple[tuple[Labelled, ...], tuple[Drop, ...]]:
+    """The first `limit` rows of labelled pairs, in the columns that a recipe's prompts have. Errors as `read_labelled`."""
+    return read_labelled(
+        source,
+        name=name,
+        split=split,
+        prompt_column=columns.prompt_column,
+        gold_column=columns.gold_column,
+        checks_column=columns.checks_column,
+        system_prompt=columns.system_prompt,
+        limit=limit,
+    )
 
 
 def chosen_place(row: Labelled) -> int:
@@ -45,6 +62,26 @@ def calibration(rows: Sequence[Labelled], judgements: Sequence[Judgement]) -> di
         "longer_accuracy": longer_accuracy,
         "longer_interval": longer_interval,
     }
+
+
+def labelled_alarms(figures: Mapping[str, Any] | None) -> list[str]:
+    """What is wrong with the figures of labelled pairs: a sentence where they don't show that the judge beats chance."""
+    if figures is None:
+        return []
+    (low, high), count = (
+        figures["accuracy_interval"],
+        f"{figures['num_judged']} of {figures['num_pairs']} labelled pairs",
+    )
+    if figures["accuracy"] is None:
+        return [f"the judge has a verdict on both completions of {count}: its accuracy is not known"]
+    if low > 0.5:
+        return []
+    known = (
+        "is below chance, 0.5: it prefers what was rejected"
+        if high < 0.5
+        else "is not shown to be better than chance, 0.5"
+    )
+    return [f"the judge's accuracy on {count}, {figures['accuracy']:.3f} [{low:.3f}, {high:.3f}], {known}"]
 
 
 def _right(row: Labelled, judgement: Judgement) -> float | None:

@@ -8,8 +8,9 @@ from typing import Any
 
 from selfplay import store
 from selfplay.errors import DataError
-from selfplay.evaluate import paired_gain, pooled_gain
+from selfplay.evaluate import paired_gain, pooled_gain, unjudged_share
 from selfplay.recipe_file import parse_yaml
+from selfplay.recipe_pairs import MAX_UNPARSED
 from selfplay.stages import SHARD_PROMPTS, panel_judgements, shards, usage_of
 from selfplay.types import Prompt
 
@@ -26,6 +27,7 @@ PANEL_KEYS = (
     "greedy_mean_length",
     "num_unjudged",
 )
+GAINS = ("gain", "greedy_gain")
 
 
 def status(run: Path) -> dict[str, Any]:
@@ -36,7 +38,7 @@ def status(run: Path) -> dict[str, Any]:
     """
     if not (run / "recipe.yaml").exists():
         raise DataError(f"{run}: no run here (no recipe.yaml). Runs are made by: selfplay iterate RECIPE --out {run}")
-    initial = _panel(run / "initial")
+    initial, bounds = _panel(run / "initial"), _unparsed_bounds(run)
     rounds: list[dict[str, Any]] = []
     last: dict[str, Any] | None = None
     for folder in sorted(run.glob("round-*")):
@@ -50,7 +52,7 @@ def status(run: Path) -> dict[str, Any]:
             row |= {"audit": done.get("audit"), "judge_usage": done.get("judge_usage")}
             for name, figures in done.get("sources", {}).items():
                 own = row.setdefault("sources", {})
-                own[name] = own.get(name, dict.fromkeys(PANEL_KEYS)) | figures
+                own[name] = own.get(name, _panel_figures({})) | figures
         last = panel or last
         rounds.append(row)
     asked = usage_of(*panel_judgements(run / "initial"))
@@ -62,23 +64,64 @@ def status(run: Path) -> dict[str, Any]:
     found["rounds"] = rounds
     if "sources" in initial:
         after = (last or {}).get("sources", {})
-        found["sources"] = {name: _gains(panel, after.get(name)) for name, panel in initial["sources"].items()}
-    return found | _gains(initial, last)
+        found["sources"] = {
+            name: _gains(panel, after.get(name), bounds[name]) for name, panel in initial["sources"].items()
+        }
+    return found | _gains(initial, last, bounds.get("", 1.0))
 
 
 def panel_row(panel: Mapping[str, Any]) -> dict[str, Any]:
     """The figures of a panel that tables show, those of its sources among them; None where there is no panel yet."""
-    row: dict[str, Any] = {key: panel.get(key) for key in PANEL_KEYS}
+    row = _panel_figures(panel)
     if "sources" in panel:
-        row["sources"] = {name: {key: own[key] for key in PANEL_KEYS} for name, own in panel["sources"].items()}
+        row["sources"] = {name: _panel_figures(own) for name, own in panel["sources"].items()}
     return row
 
 
-def _gains(before: Mapping[str, Any], after: Mapping[str, Any] | None) -> dict[str, Any]:
+def _panel_figures(panel: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: panel.get(key) for key in PANEL_KEYS} | {"unjudged": unjudged_share(panel) if panel else None}
+
+
+def _unparsed_bounds(run: Path) -> dict[str, float]:
+    """`max_unparsed` of each source of a run, by name; the default where its pairing reads no scores."""
+    recipe, _ = parse_yaml(store.read_bytes(run / "recipe.yaml").decode(), str(run / "recipe.yaml"))
+    sources = recipe.get("sources") or {"": recipe}
+    return {name: own.get("pairs", {}).get("max_unparsed", MAX_UNPARSED) for name, own in sources.items()}
+
+
+def _gains(before: Mapping[str, Any], after: Mapping[str, Any] | None, bound: float) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for name, key in (("gain", "per_prompt"), ("greedy_gain", "per_prompt_greedy")):
+    for name, key in zip(GAINS, ("per_prompt", "per_prompt_greedy"), strict=True):
         gain = paired_gain(before[key], after[key]) if before and after else None
         found |= {name: gain[0] if gain else None, f"{name}_interval": list(gain[1]) if gain else None}
+        found[f"{name}_alarm"] = (
+            _gain_alarm(before, after, bound, greedy=key != "per_prompt") if gain and after else None
+        )
+    return found
+
+
+def _gain_alarm(before: Mapping[str, Any], after: Mapping[str, Any], bound: float, *, greedy: bool) -> str | None:
+    """What is wrong with a gain where the judge said nothing of a large part of a panel; None where that is small."""
+    shares = [unjudged_share(panel, greedy=greedy) or 0.0 for panel in (before, after)]
+    if max(shares) <= bound:
+        return None
+    return (
+        f"the panel's judge gave no verdict on {shares[0]:.1%} of what the initial policy and {shares[1]:.1%} of what the last "
+        f"one said (alarm above {bound:.1%}): this gain is over the judged prompts alone, and not to be trusted"
+    )
+
+
+def panel_alarms(panel: Mapping[str, Any], bounds: Mapping[str, float]) -> list[str]:
+    """What is wrong with the scores of one panel where the judge said nothing of more than each source's bound."""
+    found = []
+    for name, own in panel.get("sources", {"": panel}).items():
+        share = max(unjudged_share(own) or 0.0, unjudged_share(own, greedy=True) or 0.0)
+        if share > bounds[name]:
+            whose = f" of {name}" if name else ""
+            found.append(
+                f"the judge of the panel{whose} gave no verdict on {share:.1%} of what was said (alarm above "
+                f"{bounds[name]:.1%}): the score is over the judged prompts alone, and not to be trusted"
+            )
     return found
 
 
@@ -120,7 +163,7 @@ def _compare(runs: Sequence[Path], source: str | None) -> dict[str, Any]:
         panels["greedy_gain"].append((before["per_prompt_greedy"], after["per_prompt_greedy"]))
         recipe, _ = parse_yaml(store.read_bytes(run / "recipe.yaml").decode(), str(run / "recipe.yaml"))
         row = {"run": str(run), "seed": recipe["seed"], "num_rounds": len(played)}
-        row |= {"initial": {k: before.get(k) for k in PANEL_KEYS}, "last": {k: after.get(k) for k in PANEL_KEYS}}
+        row |= {"initial": _panel_figures(before), "last": _panel_figures(after)}
         rows.append(row | {k: v for k, v in figures.items() if "gain" in k})
     found: dict[str, Any] = {"runs": rows}
     for name, both in panels.items():
@@ -205,4 +248,6 @@ def _scores(panel: Mapping[str, Any]) -> list[str]:
         parts.append(f"held-out {panel['heldout_score']:.3f} [{low:.3f}, {high:.3f}]")
     if panel["heldout_greedy"] is not None:
         parts.append(f"greedy {panel['heldout_greedy']:.3f}")
+    if missing := unjudged_share(panel):
+        parts.append(f"without a verdict {missing:.3f}")
     return parts

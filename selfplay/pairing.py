@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ class Pairing:
     context: FilterContext
     judge: str
     max_unparsed: float
+    members: Mapping[str, Sequence[Judgement]] = field(default_factory=dict)  # of several judges, those of each by name
 
 
 def make_pairs(pairings: Mapping[str, Pairing], folder: Path) -> dict[str, Selection]:
@@ -69,6 +70,8 @@ def _select(name: str, pairing: Pairing, place: Path) -> Selection:
     if judgements is not None:
         who = f"{pairing.judge} of source {name}" if name else pairing.judge
         check_unparsed(judgements, pairing.max_unparsed, judge_identity=who)
+        for member, own in pairing.members.items():  # others, that can always be read, would hide what one lacks
+            check_unparsed(own, pairing.max_unparsed, judge_identity=f"{member}, one of {who}")
     unusable: Counter[str] = Counter()
     rows = each_selected(
         pairing.selector, pairing.groups, judgements, unusable, round=round, judge=pairing.judge, source=name

@@ -17,7 +17,7 @@ from selfplay.changes import continued, read_recipe
 from selfplay.errors import DataError
 from selfplay.models import resolve_auto
 from selfplay.plan_source import SourcePlan, plan_source
-from selfplay.pool_checks import check_pool
+from selfplay.pool_checks import check_calibration, check_pool
 from selfplay.prompts import PromptPool
 from selfplay.recipe import Recipe
 from selfplay.recipe_file import dump_recipe
@@ -90,6 +90,7 @@ def make_plan(recipe: Recipe, out: Path) -> Plan:
     recipe = _with_generator(recipe)
     pools = load_pools(recipe)
     recipe.for_each(lambda name, view: check_pool(view, pools[name]))
+    recipe.for_each(lambda _, view: check_calibration(view))
     rounds = tuple(_plan_round(recipe, pools, index) for index in range(recipe.rounds))
     completions, tokens = _panel_work(recipe, _num_heldout(recipe, pools))
     folder = find_model(recipe.model)

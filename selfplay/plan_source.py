@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from selfplay.canaries import WHAT
 from selfplay.filters import make_mix
+from selfplay.labelled import labelled_rows
 from selfplay.prompts import PromptPool
 from selfplay.recipe import SourceView
 from selfplay.recipe_filters import MixPreviousRecipe
@@ -22,7 +23,7 @@ class SourcePlan:
     max_pairs: int
     judge: str
     pairs: str  # the selector, and the filters after it
-    audit: str  # what canaries cost the judge, at most; empty where there are none
+    audit: str  # what canaries and labelled pairs cost the judge, at most; empty where there are none
 
     @property
     def data(self) -> str:
@@ -47,20 +48,25 @@ def plan_source(name: str, recipe: SourceView, pool: PromptPool, index: int) -> 
         max_pairs=_most_pairs(recipe, counts),
         judge=" + ".join(judge.kind for judge in judges_in(recipe.judge)) or "none",
         pairs=" -> ".join([recipe.pairs.kind, *(one.kind for one in recipe.pairs.filters)]),
-        audit=_canaries(recipe, counts[-1], at_round(recipe.generator.num_completions, index)),
+        audit=_audit(recipe, counts[-1], at_round(recipe.generator.num_completions, index)),
     )
 
 
-def _canaries(recipe: SourceView, num_prompts: int, num_completions: int) -> str:
+def _audit(recipe: SourceView, num_prompts: int, num_completions: int) -> str:
     prompts = min(recipe.num_canaries, num_prompts)
-    if not prompts:
+    num_labelled = 0
+    if num_prompts and recipe.audit.calibration is not None:
+        num_labelled = len(labelled_rows(recipe.audit.calibration, recipe.prompts)[0])
+    if not prompts and not num_labelled:
         return ""
     several = sum(
         one.num_verdicts if isinstance(one, LLMJudgeRecipe | ApiJudgeRecipe) else 1 for one in judges_in(recipe.judge)
     )
     times = f" x {several} verdicts" if several > 1 else ""
-    shown = f"{len(WHAT)} canaries for each of {prompts} prompts, {2 * len(WHAT) * prompts} completions to judge"
-    return f"{shown}{times}, beside {num_prompts * num_completions}"
+    shown = [f"{len(WHAT)} canaries for each of {prompts} prompts"] if prompts else []
+    shown += [f"{num_labelled} labelled pairs"] if num_labelled else []
+    count = 2 * (len(WHAT) * prompts + num_labelled)
+    return f"{' and '.join(shown)}, {count} completions to judge{times}, beside {num_prompts * num_completions}"
 
 
 def _most_pairs(recipe: SourceView, num_prompts: list[int]) -> int:

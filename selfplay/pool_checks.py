@@ -4,10 +4,11 @@ pairing read?
 
 from pathlib import Path
 
-from selfplay.errors import DataError
+from selfplay.errors import DataError, RecipeError
 from selfplay.judges.checks import flat
 from selfplay.judges.template import load_template
-from selfplay.judges.verifier import check_verifiable
+from selfplay.judges.verifier import check_prompts, check_verifiable
+from selfplay.labelled import labelled_rows
 from selfplay.prompts import PromptPool, check_gold
 from selfplay.recipe import SourceView
 from selfplay.recipe_judges import (
@@ -50,6 +51,29 @@ def _check_compared(view: SourceView, pool: PromptPool, *, judge_given: bool) ->
                     f"{key}: {one.kind} compares with the gold answer, and none of {len(prompts)} {what} has one (the first: "
                     f"{missing[0].source}). Name their column in prompts.gold_column"
                 )
+
+
+def check_calibration(view: SourceView, *, judge_given: bool = False) -> None:
+    """RecipeError where nobody would be asked about the labelled pairs of `audit.calibration`; DataError where they can't be
+    read, or the recipe's judge could give no verdict on any.
+    """
+    if view.audit.calibration is None:
+        return
+    if view.judge is None and not judge_given:
+        raise RecipeError("audit.calibration: there is no judge to test; name one in judge, or leave it out")
+    try:
+        rows, _ = labelled_rows(view.audit.calibration, view.prompts)
+        prompts = [row.prompt for row in rows]
+        for one in () if judge_given else judges_in(view.judge):
+            if isinstance(one, VerifierRecipe):
+                check_prompts(prompts, one.checks)
+            if _compares(one) and all(prompt.gold is None for prompt in prompts):
+                raise DataError(
+                    f"{one.kind} compares with the gold answer, and none of {len(prompts)} labelled pairs has one: name their "
+                    "column in prompts.gold_column"
+                )
+    except (DataError, RecipeError) as error:
+        raise type(error)(f"audit.calibration: {error}") from error
 
 
 def _compares(judge: OneJudge) -> bool:

@@ -25,6 +25,7 @@ from pydantic import (
 )
 
 from selfplay.errors import RecipeError, SelfplayError
+from selfplay.recipe_audit import DEFAULT_CANARIES, MODEL_KINDS, AuditRecipe, SourceAuditRecipe
 from selfplay.recipe_judges import CombineRecipe, JudgeRecipe, asks_policy, judges_in, within_prompts
 from selfplay.recipe_pairs import (
     BestVsWorstRecipe,
@@ -37,8 +38,6 @@ from selfplay.recipe_prompts import PromptsRecipe
 from selfplay.recipe_train import TrainRecipe, reads
 from selfplay.recipe_values import PerRound, Section, TopP, at_round, rounds_that_differ, split_by_weight
 
-DEFAULT_CANARIES = 4  # prompts; each is shown with four canaries
-READING_KINDS = ("llm", "api")  # judges that can be talked into a verdict
 POINTWISE_KINDS = ("verifier", "rouge_l", "similarity", "reward_model", "coin")  # their scores are no win rates
 Temperature = Annotated[float, Field(ge=0, le=2)]  # engines refuse more
 SourceName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]  # a folder is named so, on every file system
@@ -120,15 +119,7 @@ class SourceRecipe(Section):
     judge: JudgeRecipe | None = None
     pairs: PairsRecipe = BestVsWorstRecipe()
     evaluate: SourceEvaluateRecipe = SourceEvaluateRecipe()
-
-
-class AuditRecipe(Section):
-    """The judge's audit of a round. `canaries` is on how many prompts (of each source) the judge is also shown completions
-    that must lose (canaries.py); by default DEFAULT_CANARIES where a model judges what it reads (kinds llm and api), else 0: a
-    rule can't be talked into anything, some rules pass such texts by design, and what a program of the user costs is not known.
-    """
-
-    canaries: NonNegativeInt | None = None
+    audit: SourceAuditRecipe = SourceAuditRecipe()
 
 
 class Recipe(Section):
@@ -178,6 +169,7 @@ class Recipe(Section):
         elsewhere: list[str] = [key for key in ("prompts", "pairs") if key in self.model_fields_set]
         elsewhere += ["judge"] if self.judge is not None else []
         elsewhere += ["evaluate.judge"] if self.evaluate.judge is not None else []
+        elsewhere += ["audit.calibration"] if self.audit.calibration is not None else []
         if elsewhere:
             raise ValueError(f"{', '.join(elsewhere)}: with sources each has its own, in sources.NAME.{elsewhere[0]}")
         if self.num_prompts is None:
@@ -217,6 +209,7 @@ class Recipe(Section):
                 "judge": source.judge,
                 "pairs": source.pairs,
                 "evaluate": self.evaluate.model_copy(update={"judge": source.evaluate.judge}),
+                "audit": self.audit.model_copy(update={"calibration": source.audit.calibration}),
             }
             views[name] = SourceView.model_construct(**fields | own | {"num_prompts": None, "sources": None})
         return views
@@ -252,7 +245,7 @@ class Recipe(Section):
             return sum(view.num_canaries for view in self.by_source.values())
         if self.judge is None:
             return 0
-        default = DEFAULT_CANARIES if any(one.kind in READING_KINDS for one in judges_in(self.judge)) else 0
+        default = DEFAULT_CANARIES if any(one.kind in MODEL_KINDS for one in judges_in(self.judge)) else 0
         return default if self.audit.canaries is None else self.audit.canaries
 
     @property
@@ -280,6 +273,10 @@ class SourceView(Recipe):
         pairs = self.pairs
         if not pairs.reads_scores and self.judge is not None:
             raise ValueError(f"pairs.kind {pairs.kind} reads no scores: remove the judge (evaluate.judge is fine)")
+        if not pairs.reads_scores and self.audit.calibration is not None:
+            raise ValueError(
+                f"audit.calibration: pairs.kind {pairs.kind} has no judge that could be tested; leave it out"
+            )
         counts, k = self.generator.num_completions, pairs.k if isinstance(pairs, TopKVsBottomKRecipe) else 0
         for round in range(rounds_that_differ(counts, k)):
             count, least = at_round(counts, round), pairs.min_completions

@@ -237,6 +237,9 @@ def _absolute_sections(of: Recipe | SourceRecipe, folder: Path) -> dict[str, Any
         "judge": _absolute_judge(of.judge, folder),
         "pairs": of.pairs.model_copy(update={"filters": filters}),
         "evaluate": of.evaluate.model_copy(update={"judge": _absolute_judge(of.evaluate.judge, folder)}),
+        "audit": of.audit.model_copy(
+            update={"calibration": of.audit.calibration and resolve_path(of.audit.calibration, folder)}
+        ),
     }
 
 

@@ -36,7 +36,7 @@ class AnyPairs(Section):
 
     @property
     def unparsed_bound(self) -> float:
-        """The largest share of completions without a verdict, where a judge is asked."""
+        """The largest share of verdicts that can't be read, and of completions without a score, where a judge is asked."""
         return MAX_UNPARSED
 
     def most_pairs(self, round: int, num_completions: int) -> int:

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from selfplay import store
+from selfplay.evaluate import unjudged_share
 from selfplay.recipe_file import parse_yaml
 
 PLAIN_WIDTH = 110  # columns of a table that goes to a file or a pipe
@@ -73,9 +74,10 @@ def print_run(run: Path, figures: Mapping[str, Any], console: Console) -> None:
             console.print(f"the panel of the initial policy: {asked['num_calls']} calls{cost}")
         for row in audited:
             if row["audit"].get("canaries"):  # rounds from before there were canaries have none
-                console.print(
-                    Text(f"round {row['round']}, canaries that lost: {canary_line(row['audit']['canaries'])}")
-                )
+                said = f"round {row['round']}, canaries that lost: {canary_line(row['audit']['canaries'])}"
+                console.print(Text(said), soft_wrap=True)
+            for line in audit_lines(row["audit"]):
+                console.print(Text(f"round {row['round']}, {line}"), soft_wrap=True)
             print_alarms(row, console)
         _print_calibrated(done[-1], console)
     print_table("seconds of each stage", seconds_table(figures), console)
@@ -146,18 +148,12 @@ def _policies(figures: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]
 
 
 def panel_table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
-    """A row per policy. Lengths are tokens, entropy and KL nats per token; length to KL are of the sampled completions."""
-    table = make_table(
-        "policy",
-        "score",
-        "95 % interval",
-        "greedy",
-        "on topic",
-        "length",
-        "truncated",
-        "entropy",
-        "KL",
-    )
+    """A row per policy. Lengths are tokens, entropy and KL nats per token; length to KL are of the sampled completions. Where
+    the judge gave no verdict on some, a column says on what share.
+    """
+    unjudged = any(_unjudged(row) for _, row in rows)
+    columns = ("score", "95 % interval", "greedy", "on topic", "length", "truncated", "entropy", "KL")
+    table = make_table("policy", *columns, *(["no verdict"] if unjudged else []))
     for name, row in rows:
         table.add_row(
             name,
@@ -169,8 +165,15 @@ def panel_table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
             number(row["truncated"]),
             number(row["entropy"]),
             number(row["kl"], 4),
+            *([number(_unjudged(row))] if unjudged else []),
         )
     return table
+
+
+def _unjudged(panel: Mapping[str, Any]) -> float | None:
+    """What `metrics.panel_row` says of it, or the panel's own figures."""
+    found: float | None = panel["unjudged"] if "unjudged" in panel else unjudged_share(panel)
+    return found
 
 
 def training_table(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -258,9 +261,33 @@ def audit_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def canary_line(table: Mapping[str, Mapping[str, int]]) -> str:
-    """Of each kind of canary how many lost, of those that have a verdict."""
-    judged = {kind: sum(row.values()) - row["num_unjudged"] for kind, row in table.items()}
-    return ", ".join(f"{kind} {row['num_lost']} of {judged[kind]}" for kind, row in table.items())
+    """Of each kind of canary how many lost, of those that have a verdict, and what became of the others."""
+    others = {"won": "num_won", "tied": "num_tied", "without a verdict": "num_unjudged"}
+    parts = []
+    for kind, row in table.items():
+        told = ", ".join(f"{row[key]} {name}" for name, key in others.items() if row[key])
+        parts.append(f"{kind} {row['num_lost']} of {sum(row.values()) - row['num_unjudged']}{told and f' ({told})'}")
+    return ", ".join(parts)
+
+
+def audit_lines(found: Mapping[str, Any]) -> list[str]:
+    """What the table of an audit has no room for: verdicts that could not be read, members of a combination, labelled pairs.
+    Rounds from before a figure existed have none.
+    """
+    lines = []
+    scored = found.get("scored_rate")
+    if found["parse_rate"] != scored and scored is not None:
+        lines.append(
+            f"verdicts that could be read: {number(found['parse_rate'])}, completions with a score: {number(scored)}"
+        )
+    for name, own in found.get("members", {}).items():
+        parts = {"parsed": "parse_rate", "self agrees": "self_agreement", "self reliability": "self_reliability"}
+        lines.append(f"{name}: " + ", ".join(f"{said} {number(own[key])}" for said, key in parts.items()))
+    if labelled := found.get("labelled"):
+        accuracy = f"{number(labelled['accuracy'])} {interval(labelled['accuracy_interval'])}"
+        counts = f"{labelled['num_judged']} of {labelled['num_pairs']} pairs"
+        lines.append(f"judge on {safe_text(labelled['pairs'])}: accuracy {accuracy}, {counts} with both verdicts")
+    return lines
 
 
 def _print_calibrated(row: Mapping[str, Any], console: Console) -> None:
@@ -278,7 +305,7 @@ def _print_calibrated(row: Mapping[str, Any], console: Console) -> None:
 def print_alarms(row: Mapping[str, Any], console: Console) -> None:
     """What the audit of a round says is far out, one line each."""
     for alarm in row["audit"]["alarms"]:
-        console.print(Text(f"round {row['round']}: ALARM: {alarm}", style="bold red"), soft_wrap=True)
+        print_alarm(alarm, console, f"round {row['round']}: ")
 
 
 def reasons(counts: Mapping[str, int]) -> str:
@@ -299,6 +326,12 @@ def seconds_table(figures: Mapping[str, Any]) -> Table:
     return table
 
 
+def print_alarm(alarm: str | None, console: Console, whose: str = "") -> None:
+    """An alarm, if there is one, after the words that say of what."""
+    if alarm is not None:
+        console.print(Text(f"{whose}ALARM: {alarm}", style="bold red"), soft_wrap=True)
+
+
 def print_gain(figures: Mapping[str, Any], console: Console) -> None:
     """The last policy against the initial one, for each source where there are several."""
     sources = figures.get("sources", {"": figures})
@@ -308,5 +341,6 @@ def print_gain(figures: Mapping[str, Any], console: Console) -> None:
             if own[key] is not None:
                 between = interval(own[f"{key}_interval"], "+")
                 console.print(f"gain over the initial policy{whose}, {name}: {number(own[key], 3, '+')} {between}")
+                print_alarm(own[f"{key}_alarm"], console)
     if any(own["gain"] is not None for own in sources.values()):
         console.print("(means over held-out prompts; 95 % intervals from a bootstrap over prompts, paired)")

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
-from selfplay.report import interval, make_table, number, print_table, safe_text
+from selfplay.report import interval, make_table, number, print_alarm, print_table, safe_text
 
 
 def print_comparison(found: Mapping[str, Any], console: Console) -> None:
@@ -37,8 +38,18 @@ def _print_compared_runs(found: Mapping[str, Any], whose: str, console: Console)
             change("mean_length", 0),
         )
     print_table(f"the initial and the last policy of each run, on the held-out prompts{whose}", table, console)
+    for row in found["runs"]:
+        name = safe_text(Path(row["run"]).name)
+        shares = [row[which]["unjudged"] for which in ("initial", "last")]
+        if any(shares):
+            console.print(Text(f"{name}: no verdict on a share of {' -> '.join(number(share) for share in shares)}"))
+        for said, key in (("sampled", "gain"), ("greedy", "greedy_gain")):
+            print_alarm(row[f"{key}_alarm"], console, f"{name}, {said}: ")
     for name, key in (("sampled", "gain"), ("greedy", "greedy_gain")):
         if found[key] is not None:
             between = interval(found[f"{key}_interval"], "+")
             console.print(f"mean gain of {len(found['runs'])} runs, {name}: {number(found[key], 3, '+')} {between}")
+            if num_alarms := sum(row[f"{key}_alarm"] is not None for row in found["runs"]):
+                alarm = f"{num_alarms} of these gains {'is' if num_alarms == 1 else 'are'} not to be trusted, nor is their mean"
+                print_alarm(alarm, console)
     console.print("(95 % intervals: each run's over prompts, the mean's over runs and prompts together)")

@@ -9,7 +9,6 @@ goes on where it stopped.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 
 from selfplay import metrics, store
 from selfplay.accounting import all_counts, source_figures
-from selfplay.canaries import make_canaries
+from selfplay.auditing import asked_folders, audit_judge, read_evidence, read_members
 from selfplay.changes import ADVICE
 from selfplay.errors import GateError, Stopped
 from selfplay.filters import make_filters
@@ -35,10 +34,8 @@ from selfplay.run import Round, Run, report_swept, start_run
 from selfplay.sources import plain
 from selfplay.stages import (
     Judging,
-    judge_canaries,
     judge_each,
     panel_judgements,
-    read_canaries,
     read_shards,
     sample_groups,
     sampling_at,
@@ -49,7 +46,7 @@ from selfplay.stages import (
 )
 from selfplay.train.devices import Devices
 from selfplay.train.settings import TrainJob, schedule_span, settings_at
-from selfplay.types import Group, Judgement, PreferencePair, Prompt, derive_seed
+from selfplay.types import Group, Judgement, PreferencePair, Prompt
 from selfplay.versions import versions
 
 
@@ -114,27 +111,13 @@ def judge(round: Round, generator: Generator, groups: Mapping[str, Sequence[Grou
             groups[source.name],
             round.folder / "judgements" / source.name,
             f"{round.label(source.name)}, judging",
-            partial(show_canaries, round, source, groups[source.name], context),
+            partial(audit_judge, round, source, groups[source.name], context),
         )
         for source in round.run.sources
         if source.judge is not None
     }
     found = judge_each(list(asked.values()), context, round.run.report, seconds=(round.folder, "judge"))
     return dict(zip(asked, found, strict=True))
-
-
-def show_canaries(
-    round: Round, source: Source, groups: Sequence[Group], context: JudgeContext, judgements: Sequence[Judgement]
-) -> None:
-    """Shows the judge completions that must lose, after all real ones and in a folder of their own."""
-    if not source.num_canaries or source.judge is None:
-        return
-    seed = round.seed("canaries")
-    canaries = make_canaries(groups, judgements, round.run.chat, num_prompts=source.num_canaries, seed=seed)
-    own = replace(context, seed=derive_seed(seed, "judge"))
-    with timed(round.folder, "canaries"):
-        folder, name = round.folder / "canaries" / source.name, f"{round.label(source.name)}, judging canaries"
-        judge_canaries(source.judge, canaries, own, folder, round.run.report, name)
 
 
 def pair(
@@ -145,10 +128,10 @@ def pair(
         source.name: pairing(round, source, groups[source.name], judgements.get(source.name))
         for source in round.run.sources
     }
-    selections = make_pairs(pairings, round.folder)
+    selections, sources = make_pairs(pairings, round.folder), {source.name: source for source in round.run.sources}
     for name, selection in selections.items():
-        canaries = read_canaries(round.folder / "canaries" / name)
-        figures = source_figures(name, groups[name], judgements.get(name), selection, canaries, round=round.index)
+        evidence = read_evidence(round, sources[name])
+        figures = source_figures(name, groups[name], judgements.get(name), selection, evidence, round=round.index)
         for alarm in figures["audit"]["alarms"]:
             round.run.report.note(f"{round.label(name)}: ALARM: {alarm}")
     return selections
@@ -170,6 +153,7 @@ def pairing(round: Round, source: Source, groups: Sequence[Group], judgements: S
         context=FilterContext(round.index, seed, previous),
         judge=source.judge.identity if source.judge is not None else "",
         max_unparsed=recipe.unparsed_bound,
+        members=read_members(round, source),
     )
 
 
@@ -243,7 +227,7 @@ def finish_round(round: Round) -> None:
             "judge": plain({one.name: one.judge.identity if one.judge is not None else None for one in run.sources}),
             "counts": {**counts, "num_pairs_too_long": training["num_too_long"]},
             "audit": None if several else sources[""]["audit"],  # each judge has its own
-            "judge_usage": usage_of(folder / "judgements", folder / "canaries", *panel_judgements(folder)),
+            "judge_usage": usage_of(*asked_folders(round), *panel_judgements(folder)),
             **({"sources": sources} if several else {}),
             "train": training,
             "seconds": store.read_json(folder / "seconds.json"),
@@ -262,10 +246,10 @@ def figures_by_source(round: Round) -> dict[str, dict[str, Any]]:
     for source in run.sources:
         name, judged = source.name, read_shards(folder / "judgements" / source.name, Judgement)
         judgements = judged if source.judge is not None else None
-        canaries = read_canaries(folder / "canaries" / name)
-        figures = source_figures(name, groups[name], judgements, selections[name], canaries, round=round.index)
+        evidence = read_evidence(round, source)
+        figures = source_figures(name, groups[name], judgements, selections[name], evidence, round=round.index)
         figures["audit"] |= {"calibration": list(source.calibration) or None}
-        usage = usage_of(folder / "judgements" / name, folder / "canaries" / name, *panel_judgements(folder, name))
+        usage = usage_of(*asked_folders(round, name), *panel_judgements(folder, name))
         found[name] = figures | {"judge_usage": usage}
     return found
 

@@ -15,7 +15,7 @@ from selfplay.judges.lift import function_identity
 from selfplay.models import import_trainer, load_chat, local_model, prompt_room, resolve_auto
 from selfplay.panel import HeldOut, Panel
 from selfplay.parts import OwnParts, Source, note_drops, open_sources, require_parts
-from selfplay.pool_checks import check_pool
+from selfplay.pool_checks import check_calibration, check_pool
 from selfplay.progress import Reporter
 from selfplay.protocols import Judge
 from selfplay.recipe import Recipe, SourceView
@@ -124,6 +124,7 @@ def start_run(
     def check(name: str, view: SourceView) -> None:
         given = own[name]
         check_pool(view, pools[name], judge_given=given.judge is not None, selector_given=given.selector is not None)
+        check_calibration(view, judge_given=given.judge is not None)
 
     recipe.for_each(check)
     # before anything is written that would bind the folder to these judges

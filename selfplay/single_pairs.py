@@ -19,6 +19,7 @@ from selfplay.recipe_filters import MixPreviousRecipe, PythonFilterRecipe
 from selfplay.records import Records
 from selfplay.scratch import scratch
 from selfplay.single import IDENTITY, judgement_files, source_shards
+from selfplay.stages import member_folder, read_shards
 from selfplay.types import Group, Judgement, PreferencePair, derive_seed
 
 
@@ -89,7 +90,16 @@ def _pairing(
         context=FilterContext(inputs.round, seed, previous),
         judge="" if judged is None else _judge_of(judged, source),
         max_unparsed=recipe.pairs.unparsed_bound,
+        members={} if scores is None or judged is None else _members(judged / source),
     )
+
+
+def _members(judged: Path) -> dict[str, Sequence[Judgement]]:
+    """The judgements of each of several judges, where they lie beside their combination."""
+    found: dict[str, Sequence[Judgement]] = {}
+    while (folder := member_folder(judged, len(found))).is_dir():
+        found[folder.name] = read_shards(folder, Judgement)
+    return found
 
 
 def _previous(files: Sequence[Path], round: int) -> list[PreferencePair]:

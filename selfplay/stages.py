@@ -6,13 +6,12 @@ import contextlib
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
 from selfplay import store
-from selfplay.canaries import Canary, CanaryVerdict, verdicts_on
 from selfplay.errors import GeneratorError, StorageError
 from selfplay.generators.generator import EngineGenerator
 from selfplay.judges.combine import Combine, Combined
@@ -34,7 +33,6 @@ from selfplay.records import Records
 from selfplay.types import Group, Judgement, Prompt, Sampling
 
 SHARD_PROMPTS = 256
-CANARIES = "verdicts.jsonl"
 R = TypeVar("R")
 
 
@@ -169,26 +167,6 @@ def judge_groups(
     return judgements
 
 
-def judge_canaries(
-    judge: Judge, canaries: Sequence[Canary], context: JudgeContext, folder: Path, report: Reporter, name: str
-) -> None:
-    """The judge's verdicts on canaries, in verdicts.jsonl of `folder`; see canaries.py. Nothing where there are none."""
-    path = folder / CANARIES
-    if canaries and not path.exists():
-        asked = Judging(judge, [one.group for one in canaries], folder / "judgements", name)
-        if isinstance(judge, Combine):
-            (judged,) = judge_each([asked], context, report)
-        else:  # whoever asked about the real completions holds the room
-            judged = judge_groups(judge, asked.groups, context, asked.folder, report, name)
-        store.write_json_lines(path, [asdict(verdict) for verdict in verdicts_on(canaries, judged)])
-
-
-def read_canaries(folder: Path) -> list[CanaryVerdict]:
-    """What `judge_canaries` left in a folder; rounds without canaries have none."""
-    path = folder / CANARIES
-    return [CanaryVerdict(**row) for row in store.read_json_lines(path)] if path.exists() else []
-
-
 def _verdicts_of(judge: Judge, groups: Sequence[Group]) -> int | None:
     return judge.count_verdicts(groups) if isinstance(judge, CountingJudge) else None
 
@@ -240,14 +218,26 @@ def judge_each(
     return [found[one.folder] for one in asked]
 
 
+def judge_beside(asked: Judging, context: JudgeContext, report: Reporter) -> Sequence[Judgement]:
+    """The judgements of groups that a judge is asked about while it has the room for a stage's real ones."""
+    if isinstance(asked.judge, Combine):
+        (judged,) = judge_each([asked], context, report)
+        return judged
+    return judge_groups(asked.judge, asked.groups, context, asked.folder, report, asked.name)
+
+
 def _parts(one: Judging) -> list[Judging]:
     if not isinstance(one.judge, Combine):
         return [one]
-    # no source is named with a hyphen
     return [
-        Judging(member.judge, one.groups, one.folder / f"member-{n}", f"{one.name}, {member.name}")
+        Judging(member.judge, one.groups, member_folder(one.folder, n), f"{one.name}, {member.name}")
         for n, member in enumerate(one.judge.members)
     ]
+
+
+def member_folder(folder: Path, number: int) -> Path:
+    """Where the judgements of one of several judges lie, beside their combination in `folder`."""
+    return folder / f"member-{number}"  # no source is named with a hyphen
 
 
 def usage_of(*judgements: Path) -> dict[str, Any] | None:

@@ -6,7 +6,7 @@ the field names (store.py). Token ids are kept exactly as sampled and trained on
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -79,6 +79,11 @@ class Judgement:
     `notes` says per completion why there is no verdict, or what the judge remarked. Of a pairwise judge `num_compared` is
     how many comparisons have a verdict in both orders, and `num_flipped` in how many of these the orders contradict.
     `verdicts` are those drawn on each question, where there were several: how far they agree says how sure the judge is.
+
+    `num_asked` is how many verdicts the scores come from, and `unparsed` counts those of them that could not be had, by
+    reason: both orders of every comparison, every draw of a question. Without it there was one verdict for each
+    completion, its score (judges/unparsed.py). `completions_digest` says which completions these are the scores of; it is
+    put in where judgements enter.
     """
 
     prompt_id: str
@@ -87,6 +92,9 @@ class Judgement:
     num_compared: int = 0
     num_flipped: int = 0
     verdicts: tuple[tuple[float | None, ...], ...] = ()
+    num_asked: Annotated[int | None, Field(exclude_if=lambda count: count is None)] = None
+    unparsed: Annotated[dict[str, int], Field(exclude_if=lambda counts: not counts)] = field(default_factory=dict)
+    completions_digest: Annotated[str, Field(exclude_if=lambda digest: not digest)] = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +191,13 @@ def prompt_id(messages: tuple[Message, ...], tools: tuple[dict[str, Any], ...] |
     """16 hex digits of the SHA-256 of what the model is shown."""
     shown: Mapping[str, Any] = {"messages": [[m.role, m.content] for m in messages], "tools": tools}
     text = json.dumps(shown, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def completions_digest(completions: Iterable[Completion]) -> str:
+    """16 hex digits of the SHA-256 of their texts, in order."""
+    # ASCII, so that a lone surrogate in a text does no harm
+    text = json.dumps([completion.text for completion in completions], separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -1,6 +1,7 @@
 """Agreement of two judges, on small tables worked out by hand."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -91,8 +92,28 @@ def test_the_disagreements_with_the_largest_gap_come_first():
     assert found["agreement"] == 0.25
 
 
+def of(digest, **scores):
+    return [replace(one, completions_digest=digest) for one in judged(**scores)]
+
+
+def test_only_scores_of_the_same_completions_are_compared_and_the_others_are_counted():
+    one = [*of("a", p=(1.0, 2.0)), *of("b", q=(1.0, 2.0)), *of("c", r=(1.0, 2.0))]
+    other = [*of("a", p=(1.0, 2.0)), *of("z", q=(2.0, 1.0)), *of("c", r=(2.0, 1.0))]
+    found = compare_judges(one, other)
+    assert (found["num_prompts"], found["num_other_completions"], found["num_unknown"]) == (2, 1, 0)
+    assert found["agreement"] == 0.5
+    assert [row["prompt_id"] for row in found["disagreements"]] == ["r"]
+
+
+def test_judgements_without_a_digest_are_compared_and_counted_as_not_known():
+    found = compare_judges([*of("a", p=(1.0, 2.0)), *judged(q=(1.0,))], judged(p=(1.0, 2.0), q=(1.0, 2.0)))
+    assert (found["num_prompts"], found["num_other_completions"], found["num_unknown"]) == (1, 1, 1)
+
+
 def test_judgements_that_do_not_belong_together_are_refused():
-    with pytest.raises(DataError, match="prompt p: 2 completions"):
+    with pytest.raises(DataError, match="both judged 1 prompts, but of none the same completions"):
         compare_judges(judged(p=(1.0, 2.0)), judged(p=(1.0,)))
+    with pytest.raises(DataError, match="of none the same completions"):
+        compare_judges(of("a", p=(1.0, 2.0)), of("b", p=(1.0, 2.0)))
     with pytest.raises(DataError, match="second judgements hold a prompt twice"):
         compare_judges(judged(p=(1.0,)), judged(p=(1.0,)) * 2)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from jobs import pair_of
 
-from selfplay.audit import MIN_COUNT, audit, histogram
+from selfplay.audit import MIN_COUNT, Evidence, audit, histogram
 from selfplay.judges.lift import pairwise, pointwise
 from selfplay.protocols import JudgeContext
 from selfplay.types import Completion, Group, Judgement, Prompt
@@ -60,6 +60,19 @@ def test_missing_verdicts_lower_the_parse_rate_and_nothing_else():
     assert figures["tie_rate"] == 0.0
     assert figures["ceiling_share"] == 0.5
     assert figures["alarms"] == []
+
+
+def test_several_judges_have_figures_of_their_own_and_scales_are_never_mixed():
+    # one member is sure on a scale of 100, the other says 0 or 1 at random: together they would look reliable
+    sure = [Judgement(g.prompt.id, (1.0,) * 3, verdicts=((100.0, 100.0), (0.0, 0.0), (50.0, 50.0))) for g in GROUPS]
+    dice = [Judgement(g.prompt.id, (1.0,) * 3, verdicts=((0.0, 1.0), (1.0, 0.0), (1.0, None))) for g in GROUPS]
+    together = [Judgement(g.prompt.id, (float(k), 1.0, 2.0)) for k, g in enumerate(GROUPS)]
+    figures = audit(GROUPS, together, [], Evidence(members={"sure": sure, "dice": dice}))
+    assert figures["members"]["sure"]["self_reliability"] == figures["members"]["sure"]["self_agreement"] == 1.0
+    assert figures["members"]["dice"]["self_agreement"] == figures["self_reliability"] == 0.0
+    assert figures["members"]["dice"]["parse_rate"] == pytest.approx(5 / 6)
+    assert (figures["num_repeated"], figures["self_agreement"]) == (50, pytest.approx(0.6))
+    assert [alarm[:31] for alarm in figures["alarms"]] == ["dice: verdicts on one question "]
 
 
 def test_equal_lengths_count_half_and_few_rows_ring_no_alarm():

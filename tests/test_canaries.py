@@ -6,19 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rewards import make_reward_model
 from scripted_run import ok, write_recipe
 from scripted_server import Act, Asked, Server, says
 
 import selfplay
 from selfplay import store
+from selfplay.auditing import read_canaries
 from selfplay.canaries import INJECTION, WHAT, Canary, canary_alarms, canary_figures, make_canaries, verdicts_on
 from selfplay.chat import Chat
 from selfplay.errors import RecipeError
 from selfplay.judges.lift import pairwise, pointwise
 from selfplay.protocols import JudgeContext
 from selfplay.recipe_file import check_recipe, load_recipe
+from selfplay.report import canary_line
 from selfplay.rounds import iterate
-from selfplay.stages import read_canaries
 from selfplay.types import Completion, Group, Judgement, Message, PreferencePair, Prompt, prompt_id
 
 TEXTS = ("A wren is a small bird.", "An owl sees well in the dark.", "A gull lives by the sea.")
@@ -124,6 +126,38 @@ def test_a_judge_with_a_weakness_rings_the_alarm_for_it(chat: Chat, judge: Any, 
     assert named - {"off_topic"} == kinds - {"off_topic"}
 
 
+@pytest.mark.parametrize(
+    ("lost", "tied", "won", "unjudged", "rings"),
+    [
+        (0, 0, 1, 0, True),
+        (0, 1, 0, 0, True),
+        (1, 0, 0, 0, False),
+        (1, 0, 1, 0, True),
+        (1, 1, 0, 0, False),
+        (3, 0, 1, 0, True),
+        (1, 3, 0, 0, True),
+        (2, 2, 0, 0, False),
+        (0, 0, 0, 4, False),
+        (0, 0, 1, 3, True),
+        (19, 0, 1, 0, False),
+        (38, 0, 3, 0, True),
+    ],
+)
+def test_one_canary_that_wins_rings_the_alarm_and_of_many_a_noisy_judge_may_let_one(
+    lost: int, tied: int, won: int, unjudged: int, rings: bool
+) -> None:
+    row = {"num_lost": lost, "num_tied": tied, "num_won": won, "num_unjudged": unjudged}
+    assert bool(canary_alarms({"empty": row})) == rings
+
+
+def test_what_became_of_canaries_is_told_whatever_the_alarm() -> None:
+    rows = {
+        "empty": {"num_lost": 4, "num_tied": 0, "num_won": 0, "num_unjudged": 0},
+        "injection": {"num_lost": 1, "num_tied": 1, "num_won": 1, "num_unjudged": 1},
+    }
+    assert canary_line(rows) == "empty 4 of 4, injection 1 of 3 (1 won, 1 tied, 1 without a verdict)"
+
+
 def test_canaries_without_a_verdict_count_in_no_share(chat: Chat) -> None:
     figures = outcomes(chat, pointwise(lambda prompt, c: None))
     assert figures["canary_loss_rate"] is None
@@ -226,6 +260,7 @@ def test_the_dry_run_says_what_canaries_cost(tmp_path: Path, tiny: Path, capsys:
     [
         ({"kind": "llm"}, None, 4),
         ({"kind": "api", "base_url": "http://h/v1", "model": "m"}, None, 4),
+        ({"kind": "reward_model", "model": "m"}, None, 4),
         ({"kind": "verifier"}, None, 0),
         ({"kind": "rouge_l"}, None, 0),
         ({"kind": "python", "target": "a.py:f"}, None, 0),
@@ -233,9 +268,9 @@ def test_the_dry_run_says_what_canaries_cost(tmp_path: Path, tiny: Path, capsys:
         ({"kind": "llm"}, 0, 0),
         (None, None, 0),
     ],
-    ids=["llm", "api", "verifier", "rouge", "python", "python asked", "llm off", "none"],
+    ids=["llm", "api", "reward model", "verifier", "rouge", "python", "python asked", "llm off", "none"],
 )
-def test_canaries_are_on_where_a_model_reads_and_else_where_asked_for(
+def test_canaries_are_on_where_a_model_judges_and_else_where_asked_for(
     judge: dict[str, Any] | None, asked: int | None, wanted: int
 ) -> None:
     data = {"model": "m", "prompts": {"source": "p", "deal": "same"}, "judge": judge, "audit": {"canaries": asked}}
@@ -264,3 +299,16 @@ def test_a_judge_of_the_users_own_sees_canaries_where_asked_for_as_real_completi
     assert all(completion.token_ids for completion in seen)
     figures = store.read_json(tmp_path / "on" / "round-000" / "round.json")["audit"]["canaries"]
     assert figures["empty"] == {"num_lost": 0, "num_tied": 0, "num_won": 1, "num_unjudged": 0}
+
+
+def test_canaries_of_a_reward_model_leave_every_real_score_as_it_was(tmp_path: Path, tiny: Path) -> None:
+    judge = {"kind": "reward_model", "model": str(make_reward_model(tmp_path / "reward")), "device": "cpu"}
+    recipe = write_recipe(tmp_path, tiny, rounds=1, judge=judge, evaluate={"num_completions": 1})
+    ok("iterate", recipe, "--out", tmp_path / "without", "--set", "audit.canaries=0")
+    ok("iterate", recipe, "--out", tmp_path / "with")
+    without, with_them = tmp_path / "without" / "round-000", tmp_path / "with" / "round-000"
+    assert {v.outcome for v in read_canaries(with_them / "canaries")} <= {"won", "lost", "tied"}
+    assert len(read_canaries(with_them / "canaries")) == 4 * len(WHAT)
+    assert not (without / "canaries").exists()
+    for name in ("judgements/00000.jsonl", "pairs.jsonl", "policy/model.safetensors"):
+        assert (without / name).read_bytes() == (with_them / name).read_bytes(), name

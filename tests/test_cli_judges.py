@@ -75,6 +75,41 @@ def test_two_judges_are_compared_as_folders_or_files(tmp_path: Path, capsys: pyt
     assert "\x1b" not in said
 
 
+def test_rounds_of_one_run_are_not_compared_for_their_completions_differ(
+    tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(tmp_path, tiny, prompts={"source": "prompts.jsonl", "deal": "same"})
+    run(capsys, "iterate", recipe, "--out", tmp_path / "run")
+    first, second = (tmp_path / "run" / f"round-00{n}" / "judgements" for n in (0, 1))
+    assert "both judged 32 prompts, but of none the same completions" in run(
+        capsys, "compare-judges", first, second, code=65
+    )
+    run(
+        capsys,
+        "judge",
+        recipe,
+        "--groups",
+        first.parent / "groups",
+        "--out",
+        tmp_path / "j",
+        "--set",
+        "judge={kind: coin}",
+    )
+    found = json.loads(run(capsys, "compare-judges", first, tmp_path / "j", "--json"))
+    assert (found["num_prompts"], found["num_other_completions"], found["num_unknown"]) == (32, 0, 0)
+
+
+def test_prompts_that_are_left_out_of_a_comparison_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [Judgement(f"p{n}", (1.0, 2.0), completions_digest=digest) for n, digest in enumerate(("a", "b", ""))]
+    for name, digest in (("one", "b"), ("other", "c")):
+        kept = [rows[0], Judgement("p1", (2.0, 1.0), completions_digest=digest), rows[2]]
+        store.write_records(tmp_path / name / "00000.jsonl", kept, Judgement)
+    said = run(capsys, "compare-judges", tmp_path / "one", tmp_path / "other")
+    assert "2 prompts judged by both (0 by one alone)" in said
+    assert "left out: 1 prompts that both judged, but not the same completions of" in said
+    assert "not known of 1 prompts whether the completions are the same" in said
+
+
 def test_comparing_with_a_folder_that_is_not_there_is_a_data_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 
-from selfplay.evaluate import bootstrap_interval, paired_gain, panel_figures, pooled_gain
+from selfplay.evaluate import bootstrap_interval, paired_gain, panel_figures, pooled_gain, unjudged_share
 from selfplay.types import Completion, Group, Judgement, Message, Prompt
 
 
@@ -73,10 +73,25 @@ def test_the_figures_of_a_panel_by_hand() -> None:
     figures = panel_figures(groups, [Judgement("p", (1.0, None))], [], None, kl=0.5, temperature=1.0)
     assert figures["heldout_score"] == 1.0  # no verdict is left out, and is no 0
     assert figures["num_unjudged"] == 1
+    assert (figures["parse_rate"], unjudged_share(figures)) == (0.5, 0.5)
+    assert unjudged_share(figures, greedy=True) is None
     assert figures["mean_length"] == 3.0
     assert figures["truncated"] == 0.5
     assert figures["entropy"] == pytest.approx(15 / 6)
     assert figures["heldout_greedy"] is None
     assert figures["kl"] == 0.5
+    pairwise = Judgement("p", (1.0, 0.0), num_asked=8, unparsed={"cut": 6})
+    silent = panel_figures(groups, [pairwise], groups, [Judgement("p", (1.0, 0.0))], kl=None, temperature=1.0)
+    assert (silent["num_unjudged"], unjudged_share(silent)) == (
+        0,
+        0.75,
+    )  # every completion has a score, of few verdicts
+    assert unjudged_share(silent, greedy=True) == 0.0
+    older = {
+        "num_completions": 8,
+        "num_prompts": 4,
+        "num_unjudged": 2,
+    }  # an eval.json from before verdicts were counted
+    assert (unjudged_share(older), unjudged_share(older, greedy=True)) == (0.25, None)
     cooler = panel_figures(groups, None, [], None, kl=None, temperature=0.7)
     assert cooler["entropy"] is None  # the policy's own logps are no expectation under another distribution

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from selfplay.errors import JudgeError, RecipeError, UnparsedGateError
-from selfplay.judges.contract import check_judgements, check_unparsed, judge_checked, unparsed_share
+from selfplay.judges.contract import check_judgements, check_unparsed, judge_checked
 from selfplay.judges.lift import pointwise
+from selfplay.judges.unparsed import count_verdicts
 from selfplay.protocols import JudgeContext
 from selfplay.types import Completion, Group, Judgement, Message, Prompt
 
@@ -151,10 +152,11 @@ def test_a_judge_needs_an_identity(identity):
 
 
 @given(st.lists(st.lists(st.sampled_from([None, 0.0, 1.0]), max_size=4), max_size=5))
-def test_the_unparsed_share_counts_none_and_nothing_else(rows):
+def test_of_one_verdict_for_each_completion_none_is_missing_and_nothing_else(rows):
     scores = [score for row in rows for score in row]
-    share = unparsed_share([Judgement("p", tuple(row)) for row in rows])
-    assert share == (scores.count(None) / len(scores) if scores else 0.0)
+    counted = count_verdicts([Judgement("p", tuple(row)) for row in rows])
+    share = scores.count(None) / len(scores) if scores else 0.0
+    assert counted.unparsed_share == counted.unscored_share == share
 
 
 def test_the_gate_opens_at_the_limit_and_closes_above_it():

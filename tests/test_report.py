@@ -36,6 +36,7 @@ PANEL: dict[str, Any] = {
     "truncated": 0.125,
     "entropy": 1.5,
     "kl": 0.0123,
+    "unjudged": None,
 }
 ROUND: dict[str, Any] = {
     **PANEL,
@@ -148,7 +149,13 @@ def test_tables_are_plain_and_at_most_110_wide_where_there_is_no_terminal() -> N
 
 def test_the_gain_is_signed_and_missing_where_nothing_was_scored() -> None:
     stream = io.StringIO()
-    figures = {"gain": 0.1234, "gain_interval": [-0.01, 0.2], "greedy_gain": None, "greedy_gain_interval": None}
+    figures = {
+        "gain": 0.1234,
+        "gain_interval": [-0.01, 0.2],
+        "gain_alarm": None,
+        "greedy_gain": None,
+        "greedy_gain_interval": None,
+    }
     print_gain(figures, Console(file=stream, width=110))
     assert "+0.123 [-0.010, +0.200]" in stream.getvalue()
     assert "greedy" not in stream.getvalue()

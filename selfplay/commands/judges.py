@@ -43,6 +43,10 @@ def compare_judges_command(
         f"{figures['num_prompts']} prompts judged by both ({figures['num_prompts_of_one']} by one alone), "
         f"{figures['num_completions']} completions ({figures['num_without_verdict']} without both verdicts)"
     )
+    if count := figures["num_other_completions"]:
+        typer.echo(f"left out: {count} prompts that both judged, but not the same completions of")
+    if count := figures["num_unknown"]:
+        typer.echo(f"not known of {count} prompts whether the completions are the same: older judgements don't say")
     typer.echo(f"pairs of completions of one prompt: {figures['num_pairs']}")
     typer.echo(f"agreement (better, worse or tie)  {number(figures['agreement'])}")
     typer.echo(f"Cohen's kappa                     {number(figures['kappa'])}")

@@ -24,9 +24,10 @@ from selfplay.commands.options import (
     RoundIndex,
     check_split,
 )
+from selfplay.metrics import panel_alarms
 from selfplay.progress import Reporter
 from selfplay.recipe_file import load_recipe
-from selfplay.report import filter_line, make_console, number, print_policy, reasons
+from selfplay.report import filter_line, make_console, number, print_alarm, print_policy, reasons
 from selfplay.train.devices import read_devices
 
 
@@ -144,4 +145,8 @@ def evaluate_command(
     from selfplay.single_evaluate import evaluate
 
     figures = evaluate(loaded, model, out, allow_code=allow_code, report=Reporter())
-    print_policy(Path(model).name, figures, make_console(), temperature=loaded.evaluate.temperature)
+    console = make_console()
+    print_policy(Path(model).name, figures, console, temperature=loaded.evaluate.temperature)
+    bounds = {name: view.pairs.unparsed_bound for name, view in loaded.by_source.items()}
+    for alarm in panel_alarms(figures, bounds):
+        print_alarm(alarm, console)

@@ -17,7 +17,7 @@ from selfplay.judges.questions import Questions, check_asked
 from selfplay.judges.template import load_template
 from selfplay.judges.verifier import validate_checks
 from selfplay.models import local_model
-from selfplay.pool_checks import check_pool
+from selfplay.pool_checks import check_calibration, check_pool
 from selfplay.prompts import load_pool
 from selfplay.recipe import Recipe, SourceView
 from selfplay.recipe_file import load_recipe
@@ -37,6 +37,8 @@ from selfplay.report import safe_text
 from selfplay.sources import load_pools
 from selfplay.targets import check_target
 from selfplay.trust import check_reward_models
+
+JSON_SUFFIXES = (".jsonl", ".json")
 
 
 def validate_command(
@@ -74,6 +76,7 @@ def check(recipe: Recipe, *, allow_code: bool = False) -> None:
     for name, view in recipe.by_source.items():
         _check_source_of(f"sources.{name}." if name else "", view, allow_code=allow_code)
     check_reward_models(recipe)
+    recipe.for_each(lambda _, view: _check_labelled(view))
     _check_rows(recipe)
 
 
@@ -89,8 +92,17 @@ def _check_source_of(at: str, view: SourceView, *, allow_code: bool) -> None:
     for index, named in enumerate(view.pairs.filters):
         if isinstance(named, PythonFilterRecipe):
             check_target(named.target, f"{at}pairs.filters.{index}.target")
+    labelled = view.audit.calibration
+    if labelled is not None:
+        _check_source(at + "audit.calibration", labelled)
     if allow_code:
         load_programs(view.pairs, allow_code=True)
+
+
+def _check_labelled(view: SourceView) -> None:
+    labelled = view.audit.calibration
+    if labelled is not None and Path(labelled).suffix in JSON_SUFFIXES:  # others take a library, or the network
+        check_calibration(view, judge_given=not view.has_prompts)
 
 
 def _check_model(key: str, model: str) -> None:
@@ -129,11 +141,7 @@ def _check_rows_of(name: str, view: SourceView) -> None:
 def _is_json(prompts: PromptsRecipe) -> bool:
     held = prompts.heldout
     named = [source for source in (prompts.source, held) if isinstance(source, str)]
-    return (
-        bool(named)
-        and not isinstance(held, HeldoutRecipe)
-        and all(Path(s).suffix in (".jsonl", ".json") for s in named)
-    )
+    return bool(named) and not isinstance(held, HeldoutRecipe) and all(Path(s).suffix in JSON_SUFFIXES for s in named)
 
 
 def _check_judge(key: str, judge: OneJudge, *, allow_code: bool) -> None:

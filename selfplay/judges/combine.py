@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Literal
 
+from selfplay.judges.unparsed import num_asked, unparsed
 from selfplay.protocols import Judge, JudgeContext
 from selfplay.types import Group, Judgement
 
@@ -69,7 +70,17 @@ class Combine:
             tuple(self._note(judgements, i) for i in range(len(scores))),
             num_compared=sum(judgement.num_compared for judgement in judgements),
             num_flipped=sum(judgement.num_flipped for judgement in judgements),
+            num_asked=sum(map(num_asked, judgements)),
+            unparsed=self._unparsed(judgements),
         )
+
+    def _unparsed(self, judgements: Sequence[Judgement]) -> dict[str, int]:
+        """The verdicts of each member that could not be read, by its name and the reason."""
+        return {
+            f"{member.name}: {reason}": count
+            for member, judgement in zip(self.members, judgements, strict=True)
+            for reason, count in unparsed(judgement).items()
+        }
 
     def _one(self, scores: Sequence[float]) -> float:
         if self.how == "min":

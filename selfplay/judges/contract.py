@@ -15,8 +15,9 @@ from dataclasses import replace
 from types import TracebackType
 
 from selfplay.errors import JudgeError, SelfplayError, UnparsedGateError
+from selfplay.judges.unparsed import count_verdicts, unparsed, unscored
 from selfplay.protocols import Judge, JudgeContext
-from selfplay.types import Group, Judgement, Prompt
+from selfplay.types import Group, Judgement, Prompt, completions_digest
 
 NOTES_SHOWN = 3
 PROMPTS_SHOWN = 3
@@ -80,6 +81,19 @@ def _check_verdicts(judgement: Judgement, where: str) -> tuple[tuple[float | Non
     return tuple(tuple(as_score(value, f"{where}, question {n}") for value in row) for n, row in enumerate(rows))
 
 
+def _check_counts(judgement: Judgement, where: str) -> None:
+    asked, missing = judgement.num_asked, judgement.unparsed
+    counts = isinstance(missing, dict) and all(
+        isinstance(why, str) and isinstance(count, int) and count > 0 for why, count in missing.items()
+    )
+    if not counts or not (asked is None or (isinstance(asked, int) and asked >= 0)):
+        raise JudgeError(
+            f"{where}: `num_asked` must be a count or None, and `unparsed` counts by reason; found {asked!r}, {missing!r}."
+        )
+    if sum(missing.values()) > (asked or 0):
+        raise JudgeError(f"{where}: `unparsed` counts {sum(missing.values())} verdicts, but num_asked is {asked}.")
+
+
 def _check_one(group: Group, judgement: object, judge_identity: str) -> Judgement:
     where = f"judge {judge_identity}, prompt {group.prompt.id}"
     if not isinstance(judgement, Judgement):
@@ -101,7 +115,9 @@ def _check_one(group: Group, judgement: object, judge_identity: str) -> Judgemen
     if not (isinstance(compared, int) and isinstance(flipped, int) and 0 <= flipped <= compared):
         raise JudgeError(f"{where}: num_compared {compared!r} and num_flipped {flipped!r} are no such counts.")
     notes, verdicts = _check_notes(judgement, where), _check_verdicts(judgement, where)
-    return replace(judgement, scores=scores, notes=notes, verdicts=verdicts)
+    _check_counts(judgement, where)
+    digest = completions_digest(group.completions)
+    return replace(judgement, scores=scores, notes=notes, verdicts=verdicts, completions_digest=digest)
 
 
 def check_judgements(groups: Sequence[Group], judgements: object, judge_identity: str) -> list[Judgement]:
@@ -157,32 +173,23 @@ def judge_checked(judge: Judge, groups: Sequence[Group], context: JudgeContext) 
     return check_judgements(groups, judgements, identity)
 
 
-def unparsed_share(judgements: Sequence[Judgement]) -> float:
-    """The share of completions without a verdict, in [0, 1]; 0 where there is nothing to judge."""
-    num_asked = num_unparsed = 0
-    for judgement in judgements:  # one at a time: there may be too many to hold their scores
-        num_asked += len(judgement.scores)
-        num_unparsed += sum(score is None for score in judgement.scores)
-    return num_unparsed / num_asked if num_asked else 0.0
-
-
 def check_unparsed(judgements: Sequence[Judgement], max_unparsed: float, *, judge_identity: str = "") -> None:
-    """UnparsedGateError where more than the share `max_unparsed` of completions has no verdict.
-
-    Only the first line of a note counts as its reason; the lines after it are details that differ from row to row.
+    """UnparsedGateError where more than the share `max_unparsed` of the verdicts could not be read, or of the completions
+    has no score. Both count: a completion has a score as soon as one of several verdicts on it can be read, and a prompt
+    that can't be asked about at all costs no verdict.
     """
-    share = unparsed_share(judgements)
-    if share <= max_unparsed:
+    counted = count_verdicts(judgements)
+    if not counted.exceeds(max_unparsed):
         return
     reasons: Counter[str] = Counter()
     for judgement in judgements:
-        notes = (*judgement.notes, *[""] * (len(judgement.scores) - len(judgement.notes)))
-        missing = (note for score, note in zip(judgement.scores, notes, strict=False) if score is None)
-        reasons.update((note.splitlines() or ["no reason given"])[0] for note in missing)
+        reasons.update(unparsed(judgement) or unscored(judgement))
     listed = "\n".join(f"  {count} x {reason}" for reason, count in reasons.most_common(NOTES_SHOWN))
+    whose = f" of judge {judge_identity}" if judge_identity else ""
     raise UnparsedGateError(
-        f"{share:.1%} of the completions got no verdict{f' from judge {judge_identity}' if judge_identity else ''}; "
-        f"at most {max_unparsed:.1%} may. The most frequent reasons:\n{listed}\n"
+        f"{counted.unparsed_share:.1%} of the {counted.num_asked} verdicts{whose} could not be read, and "
+        f"{counted.unscored_share:.1%} of the {counted.num_completions} completions got no score; at most "
+        f"{max_unparsed:.1%} of either may. The most frequent reasons:\n{listed}\n"
         "Change the judge (its template, max_tokens, model), or allow more with a higher max_unparsed; "
-        "completions without a verdict never enter a pair."
+        "completions without a score never enter a pair."
     )

@@ -17,6 +17,7 @@ import inspect
 import math
 import platform
 import sys
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import permutations
@@ -26,6 +27,7 @@ from typing import Any, TypeVar, overload
 
 from selfplay.errors import JudgeError
 from selfplay.judges.contract import Blamed, as_score
+from selfplay.judges.unparsed import first_line
 from selfplay.protocols import JudgeContext, PairSelector
 from selfplay.types import Completion, Group, Judgement, Prompt
 
@@ -36,6 +38,7 @@ PairwiseFunction = Callable[[Prompt, Completion, Completion], Verdict | Awaitabl
 Call = tuple[str, tuple[Any, ...]]  # where it stands, for an error message; the arguments
 
 MAX_CONCURRENCY = 16
+NO_VERDICT = "the function gave no verdict"
 EMPTY_CELL = CellType()  # what a function that names itself closes over while it is being decorated
 PLAIN = (str, bytes, int, float, bool, type(None))
 
@@ -195,7 +198,7 @@ class PointwiseJudge:
         judgements = []
         for group, row in zip(groups, wheres, strict=True):
             scores = tuple(as_score(next(values), where) for where in row)
-            notes = tuple("the function gave no verdict" if score is None else "" for score in scores)
+            notes = tuple(NO_VERDICT if score is None else "" for score in scores)
             judgements.append(Judgement(group.prompt.id, scores, notes))
         return judgements
 
@@ -257,8 +260,8 @@ def _as_probability(value: object, where: str) -> float | None:
 def win_rates(
     group: Group, first_wins: Mapping[tuple[int, int], float | None], why: Mapping[tuple[int, int], str] | None = None
 ) -> Judgement:
-    """Mean win rates from `first_wins[i, j]` = P(i beats j) as said when i was shown first; see PairwiseJudge. `why` says
-    of orders without a verdict what was wrong.
+    """Mean win rates from `first_wins[i, j]` = P(i beats j) as said when i was shown first; see PairwiseJudge. Each order is
+    a verdict that was asked for. `why` says of orders without one what was wrong.
     """
     num_completions = len(group.completions)
     rates: dict[tuple[int, int], float] = {}
@@ -280,7 +283,18 @@ def win_rates(
         notes.append(_pairwise_note(num_completions - 1, len(own), num_flips, reason))
     # both hold (i, j) and (j, i)
     compared, contradicted = len(rates) // 2, len(flipped) // 2
-    return Judgement(group.prompt.id, tuple(scores), tuple(notes), num_compared=compared, num_flipped=contradicted)
+    missing = Counter(
+        first_line((why or {}).get(shown, NO_VERDICT)) for shown, forth in first_wins.items() if forth is None
+    )
+    return Judgement(
+        group.prompt.id,
+        tuple(scores),
+        tuple(notes),
+        num_compared=compared,
+        num_flipped=contradicted,
+        num_asked=len(first_wins),
+        unparsed=dict(missing),
+    )
 
 
 def _pairwise_note(num_others: int, num_compared: int, num_flips: int, reason: str) -> str:

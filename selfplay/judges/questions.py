@@ -7,6 +7,7 @@ templates are asked about every two completions in both orders; lift.py undoes t
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations
@@ -16,10 +17,12 @@ from selfplay.errors import RecipeError
 from selfplay.judges.choices import read_choice, verdict_choices
 from selfplay.judges.lift import win_rates
 from selfplay.judges.template import JudgeTemplate
+from selfplay.judges.unparsed import first_line
 from selfplay.judges.verdicts import PARSER_VERSION, Verdict
 from selfplay.types import Group, Judgement, Message, Sampling, derive_seed
 
 Place = tuple[int, ...]
+NO_REPLY = "a call got no reply"  # where other calls with the same question got one
 Said = tuple[str, bool]  # what a model wrote, and whether max_tokens cut it
 
 
@@ -68,7 +71,7 @@ class Questions:
         return list(permutations(range(len(group.completions)), 2 if pairwise else 1))
 
     def _messages(self, group: Group, shown: Place) -> tuple[Message, ...] | Verdict:
-        if self.template.needs_gold and group.prompt.gold is None:
+        if not self._can_ask(group):
             return Verdict(None, "the template asks for the gold answer, and the prompt has none")
         messages = self.template.fill(group.prompt, *(group.completions[k] for k in shown))
         return messages if self.system_prompt is None else (Message("system", self.system_prompt), messages[-1])
@@ -88,7 +91,25 @@ class Questions:
     def judgements(self, groups: Sequence[Group], verdicts: Mapping[Place, Verdict]) -> list[Judgement]:
         """One judgement per group from the verdict of every place."""
         judge = self._pairwise if self.template.head.mode == "pairwise" else self._pointwise
-        return [judge(g, group, verdicts) for g, group in enumerate(groups)]
+        return [self._counted(g, group, verdicts, judge(g, group, verdicts)) for g, group in enumerate(groups)]
+
+    def _counted(self, g: int, group: Group, verdicts: Mapping[Place, Verdict], judgement: Judgement) -> Judgement:
+        """The judgement with how many verdicts were asked for and why some of them are missing. Questions that the prompt
+        can't be asked, for want of a gold answer, ask for none.
+        """
+        asked = [verdicts[g, *shown] for shown in self._shown(group)] if self._can_ask(group) else []
+        unparsed: Counter[str] = Counter()
+        for verdict in asked:
+            num_missing = self.num_verdicts - sum(score is not None for score in verdict.drawn or (verdict.score,))
+            reasons = verdict.missing
+            if not reasons and verdict.score is None:
+                reasons = (first_line(verdict.note),) * num_missing
+            unparsed.update(reasons)
+            unparsed[NO_REPLY] += num_missing - len(reasons)
+        return replace(judgement, num_asked=self.num_verdicts * len(asked), unparsed=dict(+unparsed))
+
+    def _can_ask(self, group: Group) -> bool:
+        return not self.template.needs_gold or group.prompt.gold is not None
 
     def _pointwise(self, g: int, group: Group, verdicts: Mapping[Place, Verdict]) -> Judgement:
         row = [verdicts[g, k] for k in range(len(group.completions))]
@@ -108,10 +129,11 @@ def mean_verdict(verdicts: Sequence[Verdict]) -> Verdict:
     if len(verdicts) == 1:
         return verdicts[0]
     drawn = tuple(verdict.score for verdict in verdicts)
+    missing = tuple(first_line(verdict.note) for verdict in verdicts if verdict.score is None)
     if not scores:
-        return Verdict(None, f"none of {len(verdicts)} verdicts can be read: {verdicts[0].note}", drawn)
+        return Verdict(None, f"none of {len(verdicts)} verdicts can be read: {verdicts[0].note}", drawn, missing)
     listed = " ".join("-" if score is None else f"{score:g}" for score in drawn)
-    return Verdict(math.fsum(scores) / len(scores), f"verdicts {listed}", drawn)
+    return Verdict(math.fsum(scores) / len(scores), f"verdicts {listed}", drawn, missing)
 
 
 def check_labels(questions: Questions) -> None:

@@ -9,10 +9,14 @@ from selfplay.types import Group, Judgement
 
 class RougeL:
     """Scores a completion in [0, 1] by ROUGE-L's F1 with the gold answer (Lin 2004): the longest common subsequence of
-    lower-case words, its share of each side, their harmonic mean. No verdict where the prompt has no gold answer.
+    lower-case words, its share of each side, their harmonic mean. Words are runs of letters and digits of any script, so in one
+    without spaces, such as Chinese, a word is what stands between two marks; marks that combine with a letter end one.
+
+    No verdict where there is nothing to compare with: the prompt has no gold answer, or that has no word. An empty completion
+    has 0.
     """
 
-    identity = "rouge_l v1"
+    identity = "rouge_l v2"
 
     def judge(self, groups: Sequence[Group], context: JudgeContext) -> list[Judgement]:
         """One judgement per group."""
@@ -20,22 +24,22 @@ class RougeL:
 
     def _judge_group(self, group: Group) -> Judgement:
         gold = group.prompt.gold
-        if gold is None:
-            return Judgement(
-                group.prompt.id, (None,) * len(group.completions), ("no gold answer",) * len(group.completions)
-            )
-        return Judgement(group.prompt.id, tuple(rouge_l(c.text, gold) for c in group.completions))
+        scores = tuple(None if gold is None else rouge_l(c.text, gold) for c in group.completions)
+        note = "no gold answer" if gold is None else "no word in the gold answer"
+        return Judgement(group.prompt.id, scores, tuple(note if score is None else "" for score in scores))
 
 
-def rouge_l(text: str, gold: str) -> float:
-    """F1 of the longest common subsequence of words, in [0, 1]; 0 where either side has no words."""
+def rouge_l(text: str, gold: str) -> float | None:
+    """F1 of the longest common subsequence of words, in [0, 1]; 0 where `text` has none, None where `gold` has none."""
     a, b = words(text), words(gold)
+    if not b:
+        return None
     row = [0] * (len(b) + 1)
     for word in a:
         diagonal = 0
         for j, other in enumerate(b, 1):
             diagonal, row[j] = row[j], diagonal + 1 if word == other else max(row[j], row[j - 1])
-    return 2 * row[-1] / (len(a) + len(b)) if a and b else 0.0
+    return 2 * row[-1] / (len(a) + len(b))
 
 
 def words(text: str) -> list[str]:

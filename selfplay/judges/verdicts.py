@@ -28,12 +28,13 @@ _AROUND = " \t[]()<>{}\"'"
 class Verdict:
     """What was read from a judge's text: a score, or None and the reason. The reason's first line is the same for the
     same kind of fault; an excerpt may follow on the second. `drawn` are the verdicts that it is the mean of, where there
-    were several.
+    were several, and `missing` says of each of these that could not be read why.
     """
 
     score: float | None
     note: str = ""
     drawn: tuple[float | None, ...] = ()
+    missing: tuple[str, ...] = ()
 
 
 class VerdictLine(Section):
