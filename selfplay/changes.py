@@ -77,6 +77,7 @@ FIRST: dict[str, tuple[str, ...]] = {
             "train.label_smoothing",
             "train.simpo_gamma",
             "train.num_train_epochs",
+            "train.schedule_epochs",
             "train.max_steps",
             "train.weight_decay",
             "train.adam_beta1",

@@ -102,6 +102,7 @@ def make_job(recipe: Recipe, inputs: TrainInputs, folder: Path, out: Path, chat:
         keep_optimizer_state=carried,
         first_step=first_step,
         total_steps=total_steps,
+        schedule_epochs=train.schedule_epochs,
         chat_template=recipe.chat.chat_template and chat.tokenizer.chat_template,
     )
 
@@ -141,7 +142,7 @@ def _identity(job: TrainJob, inputs: TrainInputs, recipe: Recipe, chat: Chat) ->
         "settings": {key: value for key, value in asdict(job.settings).items() if key != "save_steps"},
         "seed": job.seed,
         "optimizer_state": store.file_digest(Path(state)) if state is not None else None,
-        "schedule": [job.first_step, job.total_steps],
+        "schedule": job.schedule,
         "chat": text_digest(chat.template_digest_text),
         "rows": recipe.prompts.model_dump(
             include={"system_prompt", "prompt_column", "gold_column", "turns", "max_prompt_length"}
