@@ -25,6 +25,7 @@ MACHINE_S_CHOICE = ("bf16", "max_pack_tokens")  # fields of `train` whose auto a
 FREE: tuple[str, ...] = (
     "description",
     "model",
+    "model_revision",
     "prompts.source",
     "prompts.heldout",
     "prompts.heldout.source",

@@ -199,4 +199,6 @@ class TrainRecipe(Section):
             raise ValueError(f"{said} the schedule constant has no length: drop it")
         counts = self.num_train_epochs if isinstance(self.num_train_epochs, list) else [self.num_train_epochs]
         if epochs <= max(counts):
-            raise ValueError(f"{said} num_train_epochs is {max(counts)}; a schedule that is longer than the training has more")
+            raise ValueError(
+                f"{said} num_train_epochs is {max(counts)}; a schedule that is longer than the training has more"
+            )

@@ -10,7 +10,7 @@ from selfplay import store
 from selfplay.adapters import check_lora
 from selfplay.chat import Chat
 from selfplay.errors import DataError, RecipeError
-from selfplay.models import load_chat, local_model, resolve_auto
+from selfplay.models import load_chat, local_model, named_model, resolve_auto
 from selfplay.preferences import holds_preferences, our_records, read_demonstrations, read_preferences
 from selfplay.progress import Reporter
 from selfplay.recipe import Recipe
@@ -48,7 +48,7 @@ def train(recipe: Recipe, inputs: TrainInputs, out: Path, report: Reporter) -> d
     require_packages(recipe.train)
     require_possible(recipe.train, inputs.devices)
     require_machines(inputs.devices)
-    folder = local_model(inputs.model)
+    folder = named_model(recipe, inputs.model)
     check_lora(folder, recipe.train.lora)
     chat = load_chat(str(folder), recipe.chat)
     job = make_job(recipe, inputs, folder, out, chat)
