@@ -10,10 +10,10 @@ from selfplay.recipe_values import Revision, Section, Share, check_revision
 
 
 class RewardModelRecipe(Section):
-    """`model` is a folder (`selfplay train-reward` makes one) or a hub id, of which `model_revision` is a revision. `chat_template` stands in for its tokenizer's own.
-    A prompt and completion of more than `max_length` tokens get no verdict; the default is the model's own length.
-    `max_batch_tokens` counts padding. `dtype: auto` computes as the weights are stored. `data_parallel_size` copies score at a
-    time, each on a GPU of its own.
+    """`model` is a folder (`selfplay train-reward` makes one) or a hub id, of which `model_revision` is a revision.
+    `chat_template` stands in for its tokenizer's own. A prompt and completion of more than `max_length` tokens get no verdict;
+    the default is the model's own length. `max_batch_tokens` counts padding. `dtype: auto` computes as the weights are stored.
+    `data_parallel_size` copies score at a time, each on a GPU of its own.
 
     `calibration` names labelled preference pairs on which the model's accuracy is measured before anything is sampled. A
     model that is not shown to beat chance is refused, unless `allow_chance` is true.

@@ -92,7 +92,7 @@ def test_a_folder_beside_the_recipe_is_no_hub_id(tiny: Path, tmp_path: Path) -> 
     (tmp_path / "someone" / "some-model").symlink_to(tiny)
     path = tmp_path / "r.yaml"
     path.write_text(json.dumps({"model": ID, "model_revision": "old", "judge": {"kind": "coin"}}))
-    with pytest.raises(RecipeError, match="model_revision is old, but the model /.* is a folder"):
+    with pytest.raises(RecipeError, match=r"model_revision is old, but the model /.* is a folder"):
         load_recipe(path)
 
 

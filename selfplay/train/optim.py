@@ -289,7 +289,7 @@ def carry_optimizer(optimizer: torch.optim.Optimizer, masters: Masters, path: Pa
 
 def make_schedule(optimizer: torch.optim.Optimizer, job: TrainJob, length: int, *, done: int) -> Any:
     """transformers' schedule of the recipe's name over `length` steps, or over those of the run, `done` steps into the job. A
-    warmup_steps below 1 is a share of the schedule. A schedule is a function of the step alone, so its place is all there is to resume.
+    warmup_steps below 1 is a share of it. A schedule is a function of the step alone, so its place is all there is to resume.
     """
     from transformers import get_scheduler
 
