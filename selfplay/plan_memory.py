@@ -87,7 +87,8 @@ def _sampling(name: str, recipe: Recipe, named: str, model: ModelFacts | None, m
     if generator.kind == "scripted":
         return None
     gpu, vllm = machine.gpu, generator.kind == "vllm"
-    room, where = (machine.memory, "this machine has") if gpu is None else (gpu, "the GPU has")
+    room: float | None = machine.memory if gpu is None else gpu
+    where = "this machine has" if gpu is None else "the GPU has"
     if vllm and gpu is not None:
         room, where = (
             generator.gpu_memory_utilization * gpu,

@@ -143,8 +143,8 @@ def measured(
 
 def state_bytes(masters: Masters, optim: str) -> int:
     """What the optimizer takes at its first step."""
-    counts = (sum(weight.numel() for weight in weights) for weights in (masters.weights, masters.embeddings))
-    return optimizer_bytes(*counts, optim=optim)
+    every, tables = (sum(weight.numel() for weight in weights) for weights in (masters.weights, masters.embeddings))
+    return optimizer_bytes(every, tables, optim)
 
 
 def grow(peak_of: Callable[[int], int], limit: int) -> list[tuple[int, int]]:
