@@ -101,7 +101,7 @@ def make_plan(recipe: Recipe, out: Path, devices: Devices | None = None) -> Plan
     needed = None
     if parameters is not None and trained is not None:
         needed = _bytes_needed(recipe, rounds, tokens, parameters, trained, out)
-    memory = phases(recipe, [one.settings for one in rounds], devices, this_machine())
+    memory = phases(recipe, facts, [one.settings for one in rounds], devices, this_machine())
     return Plan(
         recipe, pools, rounds, completions, tokens, parameters, trained, needed, _bytes_free(out), tuple(memory)
     )

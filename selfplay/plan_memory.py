@@ -68,9 +68,14 @@ class Phase:
         return self.room is None or self.total <= self.room
 
 
-def phases(recipe: Recipe, settings: list[TrainSettings], devices: Devices | None, machine: Machine) -> list[Phase]:
+def phases(
+    recipe: Recipe,
+    policy: ModelFacts | None,
+    settings: Sequence[TrainSettings],
+    devices: Devices | None,
+    machine: Machine,
+) -> list[Phase]:
     """The phases of a run, the largest first, those of unknown models last. `settings` are those of the rounds."""
-    policy = model_facts(recipe.model, recipe.model_revision)
     found = [_sampling("sampling", recipe, recipe.model, policy, machine)]
     found += _judging(recipe, machine)
     found.append(max((_training(recipe, one, policy, devices, machine) for one in settings), key=lambda one: one.total))

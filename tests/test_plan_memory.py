@@ -37,7 +37,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def memory_of(recipe: Any, machine: Machine, config: str | None = None) -> dict[str, Phase]:
     settings = [settings_at(recipe.train, index, bf16=recipe.train.bf16 is True) for index in range(recipe.rounds)]
     devices = read_devices(config) if config is not None else None
-    found = phases(recipe, settings, devices, machine)
+    found = phases(recipe, facts_in(Path(recipe.model)), settings, devices, machine)
     assert [one.total for one in found] == sorted((one.total for one in found), reverse=True)
     return {one.name: one for one in found}
 
