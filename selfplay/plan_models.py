@@ -4,6 +4,8 @@ without memory is made (on torch's device "meta", for which torch is imported th
 
 import json
 import math
+import urllib.error
+import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ from selfplay.errors import DataError
 from selfplay.recipe_train import LoraRecipe
 from selfplay.train.sizes import Dimensions
 
+ANSWER_SECONDS = 5.0
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -116,11 +119,30 @@ def model_facts(model: str, revision: str | None = None, *, classifier: bool = F
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    if not hub_answers():
+        return None
     try:
         config = hf_hub_download(model, "config.json", revision=revision)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError):
         return None
     return facts_of_config(Path(config), classifier=classifier)
+
+
+def hub_answers() -> bool:
+    """Whether there is a hub to ask: huggingface_hub itself tries for half a minute where there is no network."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        urllib.request.urlopen(
+            urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=ANSWER_SECONDS
+        ).close()
+    except urllib.error.HTTPError:
+        return True  # it has answered
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def facts_in(folder: Path) -> ModelFacts:

@@ -289,7 +289,10 @@ def test_validate_finds_a_row_whose_checks_can_not_be_run(
     assert "prompts.jsonl:35: checks: check 'words': no argument 'least'" in capsys.readouterr().err
 
 
-def test_the_recipes_are_listed_and_a_copy_of_each_is_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_recipes_are_listed_and_a_copy_of_each_is_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     ok("recipes")
     listed = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
     assert "quickstart" in listed

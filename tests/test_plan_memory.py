@@ -3,6 +3,8 @@
 import io
 import json
 import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from selfplay import plan_machine
 from selfplay.plan import make_plan, print_plan
 from selfplay.plan_machine import Machine, this_machine
 from selfplay.plan_memory import PROCESS_BYTES, Phase, phases
-from selfplay.plan_models import ModelFacts, facts_in, facts_of_config, find_model, model_facts
+from selfplay.plan_models import ModelFacts, facts_in, facts_of_config, find_model, hub_answers, model_facts
 from selfplay.recipe_train import LoraRecipe
 from selfplay.train.devices import read_devices
 from selfplay.train.settings import settings_at
@@ -92,6 +94,7 @@ def test_a_snapshot_of_the_config_alone_is_no_model_that_is_here(
         asked.append((model, file, revision))
         return str(tmp_path / file)
 
+    monkeypatch.setattr("selfplay.plan_models.hub_answers", lambda: True)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
     assert find_model(ID) is None
     found = model_facts(ID, "old")
@@ -109,6 +112,7 @@ def test_the_plan_of_a_model_that_is_not_here_has_its_disk_and_memory(
     assert unknown.bytes_needed is None
     assert f"training: unknown: {ID} is not on this machine" in printed(unknown)
     assert "warning" not in printed(unknown)
+    monkeypatch.setattr("selfplay.plan_models.hub_answers", lambda: True)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda model, file, **_: str(tiny / file))
     known = make_plan(away, tmp_path / "run")
     assert known.bytes_needed == here.bytes_needed
@@ -122,8 +126,25 @@ def test_a_hub_that_gives_nothing_is_no_error(
     def refuse(*arguments: Any, **options: Any) -> str:
         raise error
 
+    monkeypatch.setattr("selfplay.plan_models.hub_answers", lambda: True)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
     assert model_facts(ID) is None
+
+
+def test_a_hub_is_asked_where_one_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    with HTTPServer(
+        ("127.0.0.1", 0), BaseHTTPRequestHandler
+    ) as server:  # knows no method, and so answers with an error
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        assert hub_answers()
+    assert not hub_answers(), "nobody listens any more"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "no address")
+    assert not hub_answers()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert not hub_answers()
 
 
 # training
