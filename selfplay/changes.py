@@ -25,6 +25,7 @@ MACHINE_S_CHOICE = ("bf16", "max_pack_tokens")  # fields of `train` whose auto a
 FREE: tuple[str, ...] = (
     "description",
     "model",
+    "model_revision",
     "prompts.source",
     "prompts.heldout",
     "prompts.heldout.source",
@@ -77,6 +78,7 @@ FIRST: dict[str, tuple[str, ...]] = {
             "train.label_smoothing",
             "train.simpo_gamma",
             "train.num_train_epochs",
+            "train.schedule_epochs",
             "train.max_steps",
             "train.weight_decay",
             "train.adam_beta1",

@@ -14,8 +14,10 @@ from selfplay.errors import DataError, RecipeError
 from selfplay.recipe import ChatRecipe, GeneratorRecipe, Recipe
 
 
-def local_model(model: str) -> Path:
-    """The folder of a model or an adapter: the path itself, or the hub snapshot of an id. DataError where there is neither."""
+def local_model(model: str, revision: str | None = None) -> Path:
+    """The folder of a model or an adapter: the path itself, or the hub snapshot of an id, at a `revision` of it (None: its main
+    branch). DataError where there is neither.
+    """
     if Path(model).is_dir():
         folder = Path(model)
     elif model.startswith(("/", ".")):
@@ -25,16 +27,23 @@ def local_model(model: str) -> Path:
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
         try:
-            folder = Path(
-                snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"])
-            )
+            wanted = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+            folder = Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            raise DataError(f"model {model}: neither a folder here nor a model that the hub gives ({error})") from error
+            at = f" at the revision {revision}" if revision is not None else ""
+            raise DataError(
+                f"model {model}{at}: neither a folder here nor a model that the hub gives ({error})"
+            ) from error
     if not (base_folder(folder) / "config.json").is_file() or not any(folder.glob("*.safetensors")):
         raise DataError(
             f"model {model}: {folder} needs a config.json and .safetensors weights (see selfplay import-gguf)"
         )
     return folder
+
+
+def named_model(recipe: Recipe, model: str) -> Path:
+    """The folder of a model that is named beside a recipe; the recipe's own comes at the recipe's revision."""
+    return local_model(model, recipe.model_revision if model == recipe.model else None)
 
 
 def resolve_auto(recipe: Recipe) -> Recipe:

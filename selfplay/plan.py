@@ -1,8 +1,7 @@
 """What a run would do: `selfplay iterate RECIPE --dry-run`. Reads the data set and the headers of the weights; loads no
-model, no tokenizer and no torch.
+model, no tokenizer and, where the models are on this machine, no torch.
 """
 
-import json
 import math
 import shutil
 from collections.abc import Mapping
@@ -12,19 +11,20 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from selfplay.adapters import base_folder
 from selfplay.changes import continued, read_recipe
-from selfplay.errors import DataError
 from selfplay.models import resolve_auto
+from selfplay.plan_machine import this_machine
+from selfplay.plan_memory import Phase, memory_lines, not_known, phases
+from selfplay.plan_models import find_model, model_facts
 from selfplay.plan_source import SourcePlan, plan_source
 from selfplay.pool_checks import check_calibration, check_pool
 from selfplay.prompts import PromptPool
 from selfplay.recipe import Recipe
 from selfplay.recipe_file import dump_recipe
-from selfplay.recipe_train import LoraRecipe
 from selfplay.recipe_values import at_round
 from selfplay.report import print_table
 from selfplay.sources import load_pools
+from selfplay.train.devices import Devices
 from selfplay.train.four_bit import BASE
 from selfplay.train.settings import KEPT_CHECKPOINTS, STATE_BYTES, TrainSettings, settings_at
 from selfplay.trust import check_reward_models
@@ -64,7 +64,7 @@ class RoundPlan:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All rounds, the panels, and the disk. Bytes are None where the model isn't on this machine."""
+    """All rounds, the panels, memory and disk. Bytes are None where nothing is known of the model."""
 
     recipe: Recipe
     pools: dict[str, PromptPool]  # by source
@@ -75,11 +75,12 @@ class Plan:
     num_trained: int | None  # fewer with train.lora
     bytes_needed: int | None
     bytes_free: int
+    memory: tuple[Phase, ...]  # the largest first
 
 
-def make_plan(recipe: Recipe, out: Path) -> Plan:
-    """The plan of a run in `out`, finished rounds counted as there. Raises what starting the run would raise about the
-    recipe, a change of it, and the data set.
+def make_plan(recipe: Recipe, out: Path, devices: Devices | None = None) -> Plan:
+    """The plan of a run in `out` that trains on `devices`, finished rounds counted as there. Raises what starting the run would
+    raise about the recipe, a change of it, and the data set.
     """
     recipe.for_each(lambda _, view: view.prompts.needed_source)
     recipe.check_judged()
@@ -93,13 +94,18 @@ def make_plan(recipe: Recipe, out: Path) -> Plan:
     recipe.for_each(lambda _, view: check_calibration(view))
     rounds = tuple(_plan_round(recipe, pools, index) for index in range(recipe.rounds))
     completions, tokens = _panel_work(recipe, _num_heldout(recipe, pools))
-    folder = find_model(recipe.model)
     if recipe.train.reference_path is not None:
         find_model(recipe.train.reference_path)
-    parameters = num_parameters(folder) if folder is not None else None
-    trained = None if folder is None else num_trained(folder, recipe.train.lora)
-    needed = None if trained is None else _bytes_needed(recipe, rounds, tokens, trained, out)
-    return Plan(recipe, pools, rounds, completions, tokens, parameters, trained, needed, _bytes_free(out))
+    facts = model_facts(recipe.model, recipe.model_revision)
+    parameters = facts.num_parameters if facts is not None else None
+    trained = facts.num_trained(recipe.train.lora) if facts is not None else None
+    needed = None
+    if parameters is not None and trained is not None:
+        needed = _bytes_needed(recipe, rounds, tokens, parameters, trained, out)
+    memory = phases(recipe, facts, [one.settings for one in rounds], devices, this_machine())
+    return Plan(
+        recipe, pools, rounds, completions, tokens, parameters, trained, needed, _bytes_free(out), tuple(memory)
+    )
 
 
 def _with_generator(recipe: Recipe) -> Recipe:
@@ -154,65 +160,12 @@ def _panel_work(recipe: Recipe, num_prompts: int) -> tuple[int, int]:
     return count, count * (evaluate.max_tokens or at_round(recipe.generator.max_tokens, 0))
 
 
-def find_model(model: str) -> Path | None:
-    """The folder of a model, or the snapshot of a hub id that is already on this machine; None where there is neither."""
-    if Path(model).is_dir():
-        return Path(model)
-    if model.startswith(("/", ".")):
-        raise DataError(f"model {model}: no such folder")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(model, local_files_only=True))
-    except LocalEntryNotFoundError:
-        return None
-    except HFValidationError as error:
-        raise DataError(f"model {model}: neither a folder here nor a hub id ({error})") from error
-
-
-def num_parameters(folder: Path) -> int:
-    """Parameters in the .safetensors files of a model (of its base, for an adapter), from their headers alone."""
-    return sum(math.prod(shape) for shape in _shapes(base_folder(folder)).values())
-
-
-def num_trained(folder: Path, lora: LoraRecipe | None) -> int:
-    """Parameters that training changes: all, or those of an adapter, which are r (n + m) for each n x m matrix."""
-    if lora is None:
-        return num_parameters(folder)
-    base = base_folder(folder)
-    vocabulary = json.loads((base / "config.json").read_text()).get("vocab_size")
-    total = 0
-    for name, shape in _shapes(base).items():
-        module = name.removesuffix(".weight").rpartition(".")[2]
-        # peft's all-linear leaves out the head; embeddings are no linear layers
-        asked = vocabulary not in shape if lora.target_modules == "all-linear" else module in lora.target_modules
-        if asked and len(shape) == 2 and name.endswith(".weight"):
-            total += lora.r * sum(shape)
-    return total
-
-
-def _shapes(folder: Path) -> dict[str, list[int]]:
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise DataError(f"model {folder}: no .safetensors weights in this folder (see selfplay import-gguf)")
-    return {name: shape for file in files for name, shape in _shapes_in(file).items()}
-
-
-def _shapes_in(file: Path) -> dict[str, list[int]]:
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if length > file.stat().st_size:
-            raise DataError(f"{file}: no safetensors file, or cut short; fetch it again")
-        try:
-            header = json.loads(stream.read(length))
-        except ValueError as error:
-            raise DataError(f"{file}: no safetensors file ({error}); fetch it again") from error
-    return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
-
-
-def _bytes_needed(recipe: Recipe, rounds: tuple[RoundPlan, ...], panel_tokens: int, parameters: int, out: Path) -> int:
-    """What is still to be written and stays. An ema of the reference is kept from round 1 on."""
+def _bytes_needed(
+    recipe: Recipe, rounds: tuple[RoundPlan, ...], panel_tokens: int, whole: int, parameters: int, out: Path
+) -> int:
+    """What is still to be written and stays, of `parameters` that train in a model of `whole`. An ema of the reference is kept
+    from round 1 on.
+    """
     left = [plan for plan in rounds if not (out / f"round-{plan.index:03d}" / "policy").exists()]
     per_round = parameters * BYTES_PER_VALUE[recipe.train.save_dtype]
     if recipe.train.optimizer_state == "carried":
@@ -220,14 +173,9 @@ def _bytes_needed(recipe: Recipe, rounds: tuple[RoundPlan, ...], panel_tokens: i
     ema = parameters * 4 * sum(plan.index > 0 for plan in left) if recipe.train.reference == "ema" else 0
     tokens = sum(plan.tokens for plan in left) + (panel_tokens if left else 0)
     base = 0
-    if (
-        left
-        and recipe.train.lora is not None
-        and recipe.train.lora.load_in_4bit
-        and (folder := find_model(recipe.model))
-    ):
+    if left and recipe.train.lora is not None and recipe.train.lora.load_in_4bit:
         # base-4bit, in the dtype that training computes in
-        base = num_parameters(folder) * (4 if recipe.train.bf16 is False else 2) * (not (out / BASE).exists())
+        base = whole * (4 if recipe.train.bf16 is False else 2) * (not (out / BASE).exists())
     return len(left) * per_round + ema + base + tokens * RECORD_BYTES_PER_TOKEN
 
 
@@ -237,7 +185,7 @@ def _bytes_free(out: Path) -> int:
 
 
 def print_plan(plan: Plan, console: Console) -> None:
-    """The resolved recipe, each round, the work, the disk."""
+    """The resolved recipe, each round, the work, the memory, the disk."""
     console.print(dump_recipe(plan.recipe), markup=False, soft_wrap=True)
     for name, pool in plan.pools.items():
         whose = f"prompts of {name}" if name else "prompts"
@@ -254,6 +202,8 @@ def print_plan(plan: Plan, console: Console) -> None:
             console.print(line, markup=False, soft_wrap=True)
     console.print()
     print_table("work, at most", _work_table(plan), console)
+    for line in memory_lines(plan.memory):
+        console.print(line, markup=False, soft_wrap=True)
     _print_disk(plan, console)
 
 
@@ -273,6 +223,8 @@ def _round_lines(recipe: Recipe, plan: RoundPlan) -> list[str]:
             data.append(f"  source     {source.name}: {said}, pairs {source.pairs}")
             data += [f"  audit      {source.name}: {source.audit}"] if source.audit else []
     span = "the run" if recipe.train.schedule_scope == "run" else "the round"
+    if recipe.train.schedule_epochs is not None:
+        span = f"{recipe.train.schedule_epochs} epochs"
     optimizer = "fresh" if recipe.train.optimizer_state == "fresh" or not plan.index else "of the round before"
     return [
         f"round {plan.index}",
@@ -319,7 +271,7 @@ def _trained_part(plan: Plan) -> str:
 def _print_disk(plan: Plan, console: Console) -> None:
     free = f"{plan.bytes_free / GB:.2f} GB free"
     if plan.bytes_needed is None:
-        console.print(f"disk: unknown, for {plan.recipe.model} is not on this machine; {free}", markup=False)
+        console.print(f"disk: unknown: {not_known(plan.recipe.model)}; {free}", markup=False, soft_wrap=True)
         return
     size = f"{(plan.num_parameters or 0) / 1e6:.1f} M parameters{_trained_part(plan)}"
     dtype = plan.recipe.train.save_dtype

@@ -36,7 +36,16 @@ from selfplay.recipe_pairs import (
 )
 from selfplay.recipe_prompts import PromptsRecipe
 from selfplay.recipe_train import TrainRecipe, reads
-from selfplay.recipe_values import PerRound, Section, TopP, at_round, rounds_that_differ, split_by_weight
+from selfplay.recipe_values import (
+    PerRound,
+    Revision,
+    Section,
+    TopP,
+    at_round,
+    check_revision,
+    rounds_that_differ,
+    split_by_weight,
+)
 
 POINTWISE_KINDS = ("verifier", "rouge_l", "similarity", "reward_model", "coin")  # their scores are no win rates
 Temperature = Annotated[float, Field(ge=0, le=2)]  # engines refuse more
@@ -123,7 +132,10 @@ class SourceRecipe(Section):
 
 
 class Recipe(Section):
+    """`model` is a folder or a hub id. `model_revision` is a branch, a tag or a commit of a hub id, in TRL's words."""
+
     model: str
+    model_revision: Revision | None = None
     rounds: PositiveInt = 3
     seed: NonNegativeInt = 0
     description: str = ""
@@ -144,6 +156,11 @@ class Recipe(Section):
         if not model.strip():
             raise ValueError("a model is a folder or a hub id, not an empty text")
         return model
+
+    @model_validator(mode="after")
+    def _revision_of_a_hub_id(self) -> "Recipe":
+        check_revision(self.model, self.model_revision)
+        return self
 
     @model_serializer(mode="wrap")
     def _as_written(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:

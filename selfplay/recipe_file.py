@@ -25,6 +25,7 @@ from selfplay.recipe_pairs import PairsRecipe
 from selfplay.recipe_prompts import HELDOUT_TAGS, HeldoutRecipe, PromptsRecipe
 from selfplay.recipe_reward import RewardModelRecipe
 from selfplay.recipe_train import REFERENCE_KINDS
+from selfplay.recipe_values import check_revision
 
 TAGS = {"one value", "per round", *HELDOUT_TAGS}
 
@@ -214,7 +215,8 @@ _KINDS |= {"pairs": _kinds(PairsRecipe), "filters": _kinds(FilterRecipe)}
 
 
 def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
-    update: dict[str, Any] = {"model": resolve_path(recipe.model, folder), **_absolute_sections(recipe, folder)}
+    model = _model_path(recipe.model, recipe.model_revision, folder)
+    update: dict[str, Any] = {"model": model, **_absolute_sections(recipe, folder)}
     if recipe.sources is not None:
         update["sources"] = {
             name: source.model_copy(update=_absolute_sections(source, folder))
@@ -276,7 +278,7 @@ def _absolute_judge(judge: Any, folder: Path) -> Any:
     if isinstance(judge, PythonJudgeRecipe):
         return judge.model_copy(update={"target": _absolute_target(judge.target, folder)})
     if isinstance(judge, LLMJudgeRecipe):
-        model = judge.model if judge.model == "policy" else resolve_path(judge.model, folder)
+        model = judge.model if judge.model == "policy" else _model_path(judge.model, judge.model_revision, folder)
         return judge.model_copy(update={"model": model, "template": resolve_path(judge.template, folder)})
     if isinstance(judge, SimilarityRecipe):
         return judge.model_copy(update={"model": resolve_path(judge.model, folder)})
@@ -288,12 +290,21 @@ def _absolute_judge(judge: Any, folder: Path) -> Any:
 
 
 def _absolute_reward_model(judge: RewardModelRecipe, folder: Path) -> RewardModelRecipe:
-    update: dict[str, Any] = {"model": resolve_path(judge.model, folder)}
+    update: dict[str, Any] = {"model": _model_path(judge.model, judge.model_revision, folder)}
     if judge.chat_template is not None and names_template_file(judge.chat_template):
         update["chat_template"] = str((folder / judge.chat_template).resolve())
     if judge.calibration is not None:
         update["calibration"] = resolve_path(judge.calibration, folder)
     return judge.model_copy(update=update)
+
+
+def _model_path(model: str, revision: str | None, folder: Path) -> str:
+    path = resolve_path(model, folder)
+    try:
+        check_revision(path, revision)
+    except ValueError as error:  # a folder beside the recipe, which a hub id may look like
+        raise RecipeError(str(error)) from error
+    return path
 
 
 def _absolute_filter(one: FilterRecipe, folder: Path) -> FilterRecipe:

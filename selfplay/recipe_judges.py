@@ -16,7 +16,7 @@ from pydantic import (
 )
 
 from selfplay.recipe_reward import RewardModelRecipe
-from selfplay.recipe_values import Section, TopP
+from selfplay.recipe_values import Revision, Section, TopP, check_revision
 
 
 class VerifierRecipe(Section):
@@ -40,13 +40,15 @@ VerdictWay = Literal["parse", "labels", "constrained"]
 
 
 class LLMJudgeRecipe(Section):
-    """A model reads the completion. `model: policy` is the current policy, on the engine that is already loaded. `template` is
+    """A model reads the completion. `model: policy` is the current policy, on the engine that is already loaded;
+    `model_revision` is of a hub id. `template` is
     a file or a shipped name: additive, yes_no, pairwise_helpfulness, correctness, safety. `verdict: labels` draws no text, and
     temperature, top_p and max_tokens are None.
     """
 
     kind: Literal["llm"]
     model: str = "policy"
+    model_revision: Revision | None = None
     template: str = "additive"
     system_prompt: str | None = None
     verdict: VerdictWay = "parse"
@@ -66,6 +68,13 @@ class LLMJudgeRecipe(Section):
         if given := [key for key in DRAWN if data.get(key) is not None]:
             raise ValueError(f"{', '.join(given)}: verdict: labels draws no text. Remove it, or say verdict: parse")
         return data
+
+    @model_validator(mode="after")
+    def _revision_of_a_hub_id(self) -> "LLMJudgeRecipe":
+        if self.model == "policy" and self.model_revision is not None:
+            raise ValueError(f"model_revision is {self.model_revision}, but model: policy is the run's own: drop it")
+        check_revision(self.model, self.model_revision)
+        return self
 
 
 def _check_drawn(judge: Section, verdict: VerdictWay) -> None:
@@ -152,7 +161,7 @@ class ApiJudgeRecipe(Section):
 
 
 # Where things lie that have their content in the judge's identity.
-JUDGE_PLACES = ("target", "template", "model", "chat_template")
+JUDGE_PLACES = ("target", "template", "model", "model_revision", "chat_template")
 
 # What may change on a run that goes on: when and how often is asked, never what. `timeout` is also a python judge's.
 API_CONDUCT = (

@@ -4,16 +4,16 @@ trained.
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from selfplay.recipe_values import Section, Share
+from selfplay.recipe_values import Revision, Section, Share, check_revision
 
 
 class RewardModelRecipe(Section):
-    """`model` is a folder (`selfplay train-reward` makes one) or a hub id. `chat_template` stands in for its tokenizer's own.
-    A prompt and completion of more than `max_length` tokens get no verdict; the default is the model's own length.
-    `max_batch_tokens` counts padding. `dtype: auto` computes as the weights are stored. `data_parallel_size` copies score at a
-    time, each on a GPU of its own.
+    """`model` is a folder (`selfplay train-reward` makes one) or a hub id, of which `model_revision` is a revision.
+    `chat_template` stands in for its tokenizer's own. A prompt and completion of more than `max_length` tokens get no verdict;
+    the default is the model's own length. `max_batch_tokens` counts padding. `dtype: auto` computes as the weights are stored.
+    `data_parallel_size` copies score at a time, each on a GPU of its own.
 
     `calibration` names labelled preference pairs on which the model's accuracy is measured before anything is sampled. A
     model that is not shown to beat chance is refused, unless `allow_chance` is true.
@@ -21,6 +21,7 @@ class RewardModelRecipe(Section):
 
     kind: Literal["reward_model"]
     model: Annotated[str, Field(min_length=1)]
+    model_revision: Revision | None = None
     chat_template: str | None = None
     max_length: PositiveInt | None = None
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
@@ -29,6 +30,11 @@ class RewardModelRecipe(Section):
     data_parallel_size: PositiveInt = 1
     calibration: str | None = None
     allow_chance: bool = False
+
+    @model_validator(mode="after")
+    def _revision_of_a_hub_id(self) -> "RewardModelRecipe":
+        check_revision(self.model, self.model_revision)
+        return self
 
 
 # What may change on a run that goes on: how rewards are computed, and whether they are trusted, never what they are.

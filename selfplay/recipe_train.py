@@ -60,7 +60,8 @@ class TrainRecipe(Section):
     `reference`: whose weights the policy is held to. "prior" is the policy that the round starts from, "initial" that of
     the run; "ema" mixes once a round, reference = ref_model_mixup_alpha * policy + (1 - ref_model_mixup_alpha) * reference
     of the round before; else the folder or hub id of a model, which keeps its place. `reference_logps: engine` takes the
-    logps that the engine gave while it sampled, where the reference is the policy that sampled.
+    logps that the engine gave while it sampled, where the reference is the policy that sampled. `schedule_epochs` makes the
+    learning rate's schedule as long as that many epochs, of which num_train_epochs are trained.
     """
 
     learning_rate: PerRound[PositiveFloat] = 5e-7
@@ -74,6 +75,7 @@ class TrainRecipe(Section):
     reference_logps: Literal["trainer", "engine"] | None = None
     batch_size: PerRound[PositiveInt] = 32
     num_train_epochs: PerRound[PositiveInt] = 1
+    schedule_epochs: PositiveInt | None = None
     max_steps: PerRound[int] = -1
     optim: Literal["adamw_torch", "adamw_bnb_8bit", "rmsprop"] = "adamw_torch"
     weight_decay: NonNegativeFloat = 0.0
@@ -162,6 +164,8 @@ class TrainRecipe(Section):
                 raise ValueError(f"max_steps is {steps}; it must be positive, or -1 for num_train_epochs")
             if self.schedule_scope == "run" and steps == -1:
                 raise ValueError("schedule_scope: run needs max_steps, so that the length of the run is known")
+        if self.schedule_epochs is not None:
+            self._check_schedule_epochs(self.schedule_epochs)
         rates, warmup = (v if isinstance(v, list) else [v] for v in (self.learning_rate, self.warmup_steps))
         check_schedule(self.lr_scheduler_type, self.lr_scheduler_kwargs, rates=rates, warmup=warmup)
         if self.optim == "rmsprop" and (self.adam_beta1, self.adam_beta2) != (0.9, 0.999):
@@ -184,3 +188,17 @@ class TrainRecipe(Section):
                 "Say reference: prior, or reference_logps: trainer"
             )
         return self
+
+    def _check_schedule_epochs(self, epochs: int) -> None:
+        """ValueError where the length of a schedule is known otherwise, or is no longer than what is trained."""
+        said = f"schedule_epochs is {epochs}, but"
+        if self.schedule_scope == "run" or self.max_steps != -1:
+            other = "schedule_scope: run" if self.schedule_scope == "run" else "max_steps"
+            raise ValueError(f"{said} {other} says how long the schedule is. Drop one of them")
+        if self.lr_scheduler_type == "constant":
+            raise ValueError(f"{said} the schedule constant has no length: drop it")
+        counts = self.num_train_epochs if isinstance(self.num_train_epochs, list) else [self.num_train_epochs]
+        if epochs <= max(counts):
+            raise ValueError(
+                f"{said} num_train_epochs is {max(counts)}; a schedule that is longer than the training has more"
+            )

@@ -5,6 +5,7 @@ whose last value repeats.
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from pathlib import Path
 from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
@@ -16,6 +17,7 @@ PerRound = Annotated[
 ]
 Share = Annotated[float, Field(gt=0, lt=1)]
 TopP = Annotated[float, Field(gt=0, le=1)]
+Revision = Annotated[str, Field(min_length=1)]  # a branch, a tag or a commit of a model on a hub
 
 
 def at_round(value: T | list[T], round: int) -> T:
@@ -44,6 +46,15 @@ def split_by_weight(count: int, weights: Sequence[float]) -> list[int]:
     for i in by_remainder[: count - sum(parts)]:
         parts[i] += 1
     return parts
+
+
+def check_revision(model: str, revision: str | None) -> None:
+    """ValueError where a revision is given of what has none: a folder."""
+    if revision is not None and (model.startswith(("/", ".", "~")) or Path(model).is_dir()):
+        raise ValueError(
+            f"model_revision is {revision}, but the model {model} is a folder: only a model of a hub has revisions. Say "
+            "model_revision: null, or name the model by its hub id"
+        )
 
 
 class Section(BaseModel):

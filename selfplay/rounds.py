@@ -194,6 +194,7 @@ def train_job(round: Round) -> TrainJob:
         pack_budget=str(round.run.folder / "pack_budget.json"),
         first_step=first_step,
         total_steps=total_steps,
+        schedule_epochs=recipe.schedule_epochs,
         chat_template=round.run.recipe.chat.chat_template and round.run.chat.tokenizer.chat_template,
     )
 

@@ -113,7 +113,7 @@ def start_run(
     require_machines(devices)
     old = read_recipe(folder) if (folder / "recipe.yaml").exists() else None
     recipe = resolve_auto(recipe) if old is None else continued(recipe, old, folder)
-    initial = local_model(recipe.model)
+    initial = local_model(recipe.model, recipe.model_revision)
     check_lora(initial, recipe.train.lora)
     named = recipe.train.reference_path
     reference = local_model(named) if named is not None else None

@@ -17,7 +17,7 @@ from selfplay.errors import DataError, RecipeError
 from selfplay.judges import make_judge
 from selfplay.lazy_prompts import json_list
 from selfplay.lock import locked
-from selfplay.models import load_chat, local_model, open_generator, prompt_room, resolve_auto
+from selfplay.models import load_chat, named_model, open_generator, prompt_room, resolve_auto
 from selfplay.parts import note_drops, open_judge_model
 from selfplay.progress import Reporter
 from selfplay.protocols import Judge, JudgeContext
@@ -89,7 +89,7 @@ def claimed(out: Path, identity: dict[str, Any], report: Reporter) -> Iterator[N
 
 def generate(recipe: Recipe, model: str, out: Path, *, round: int, report: Reporter) -> dict[str, Sequence[Group]]:
     """The completions of a round's prompts under a model, by source, as shards in `out`."""
-    recipe, folder = resolve_auto(recipe), local_model(model)
+    recipe, folder = resolve_auto(recipe), named_model(recipe, model)
     chat = load_chat(str(folder), recipe.chat)
     pools, sources = load_pools(recipe, chat=chat, room=prompt_room(recipe, folder)), recipe.by_source
     prompts = {name: pools[name].deal(view.prompts, round) for name, view in sources.items()}
@@ -198,7 +198,7 @@ def judge_here(
         with claimed(out, identity, report):
             trust()
             return dict(zip(judges, judge_each(parts, JudgeContext(round, seed), report), strict=True))
-    folder = local_model(model)
+    folder = named_model(recipe, model)
     chat, engine_seed = load_chat(str(folder), recipe.chat), derive_seed(recipe.seed, round, "engine")
     identity |= {"model": store.weights_digest(folder), "chat": text_digest(chat.template_digest_text)}
     with claimed(out, identity, report), open_generator(recipe.generator, folder, chat, seed=engine_seed) as generator:

@@ -6,7 +6,7 @@ from typing import Any
 
 from selfplay import store
 from selfplay.errors import RecipeError
-from selfplay.models import load_chat, local_model, open_generator, prompt_room, resolve_auto
+from selfplay.models import load_chat, local_model, named_model, open_generator, prompt_room, resolve_auto
 from selfplay.parts import note_drops
 from selfplay.progress import Reporter
 from selfplay.protocols import Judge
@@ -23,7 +23,7 @@ def evaluate(recipe: Recipe, model: str, out: Path, *, allow_code: bool, report:
     from selfplay.panel import HeldOut, Panel
 
     recipe = resolve_auto(recipe)
-    folder, initial = local_model(model), local_model(recipe.model)
+    folder, initial = named_model(recipe, model), local_model(recipe.model, recipe.model_revision)
     chat = load_chat(str(folder), recipe.chat)
     pools = load_pools(recipe, chat=chat, room=prompt_room(recipe, folder))
     made: dict[str, Judge] = {}

@@ -10,7 +10,7 @@ from selfplay import store
 from selfplay.adapters import check_lora
 from selfplay.chat import Chat
 from selfplay.errors import DataError, RecipeError
-from selfplay.models import load_chat, local_model, resolve_auto
+from selfplay.models import load_chat, local_model, named_model, resolve_auto
 from selfplay.preferences import holds_preferences, our_records, read_demonstrations, read_preferences
 from selfplay.progress import Reporter
 from selfplay.recipe import Recipe
@@ -48,7 +48,7 @@ def train(recipe: Recipe, inputs: TrainInputs, out: Path, report: Reporter) -> d
     require_packages(recipe.train)
     require_possible(recipe.train, inputs.devices)
     require_machines(inputs.devices)
-    folder = local_model(inputs.model)
+    folder = named_model(recipe, inputs.model)
     check_lora(folder, recipe.train.lora)
     chat = load_chat(str(folder), recipe.chat)
     job = make_job(recipe, inputs, folder, out, chat)
@@ -102,6 +102,7 @@ def make_job(recipe: Recipe, inputs: TrainInputs, folder: Path, out: Path, chat:
         keep_optimizer_state=carried,
         first_step=first_step,
         total_steps=total_steps,
+        schedule_epochs=train.schedule_epochs,
         chat_template=recipe.chat.chat_template and chat.tokenizer.chat_template,
     )
 
@@ -141,7 +142,7 @@ def _identity(job: TrainJob, inputs: TrainInputs, recipe: Recipe, chat: Chat) ->
         "settings": {key: value for key, value in asdict(job.settings).items() if key != "save_steps"},
         "seed": job.seed,
         "optimizer_state": store.file_digest(Path(state)) if state is not None else None,
-        "schedule": [job.first_step, job.total_steps],
+        "schedule": job.schedule,
         "chat": text_digest(chat.template_digest_text),
         "rows": recipe.prompts.model_dump(
             include={"system_prompt", "prompt_column", "gold_column", "turns", "max_prompt_length"}

@@ -110,7 +110,7 @@ def _require_trust(
         report.note(f"{key}: accuracy {_in_words(figures)} on {asked.calibration}")
         refuse_chance(figures, asked, key, source=asked.calibration)
         return {"model": asked.model, **figures}
-    model = local_model(asked.model)
+    model = local_model(asked.model, asked.model_revision)
     known = known_accuracy(model)
     if known is None:
         report.note(

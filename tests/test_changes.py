@@ -56,6 +56,11 @@ OPEN = {
         recipe(judge={"kind": "reward_model", "model": "a", "chat_template": "x.jinja"}),
         recipe(judge={"kind": "reward_model", "model": "b", "chat_template": "y.jinja", "calibration": "p.jsonl"}),
     ),
+    "a revision, whose weights run.json knows": (
+        [POLICY_0],
+        recipe(judge={"kind": "reward_model", "model": "a"}),
+        recipe(model_revision="v1", judge={"kind": "reward_model", "model": "a", "model_revision": "v2"}),
+    ),
     "the bound of the audit": ([POLICY_0], train(), train(max_audit_difference=0.5)),
     "how much of a machine vLLM takes": (
         [ROUND_0],

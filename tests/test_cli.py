@@ -14,6 +14,7 @@ from scripted_run import ok, write_recipe
 
 from selfplay import cli, store
 from selfplay.cli import main
+from selfplay.recipe_file import flat, load_recipe, recipe_folder
 from selfplay.types import Completion, Drop, Group, Judgement, Message, Prompt
 
 
@@ -288,13 +289,30 @@ def test_validate_finds_a_row_whose_checks_can_not_be_run(
     assert "prompts.jsonl:35: checks: check 'words': no argument 'least'" in capsys.readouterr().err
 
 
-def test_the_recipes_are_listed_and_a_copy_of_each_is_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_recipes_are_listed_and_a_copy_of_each_is_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     ok("recipes")
     listed = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
     assert "quickstart" in listed
-    ok("recipes", "copy", "quickstart", tmp_path)
-    ok("iterate", tmp_path / "quickstart.yaml", "--dry-run", "--set", "model=someone/some-model")
     assert all(text.strip() for text in listed.values())
+    inside = 0
+    for name in listed:
+        copied, own = tmp_path / name / "recipes", recipe_folder()
+        ok("recipes", "copy", name, copied)
+        copy, recipe = (flat(load_recipe(folder / f"{name}.yaml").model_dump()) for folder in (copied, own))
+        assert copy.keys() == recipe.keys()
+        for key, value in recipe.items():
+            path = Path(value) if isinstance(value, str) else Path()
+            if path.is_relative_to(own):  # a file that comes with the recipe
+                inside += 1
+                assert Path(copy[key]) == copied / path.relative_to(own)
+                assert Path(copy[key]).read_bytes() == path.read_bytes()
+            elif not path.is_absolute():
+                assert copy[key] == value, key
+    assert inside > 5
+    ok("iterate", tmp_path / "quickstart/recipes/quickstart.yaml", "--dry-run", "--set", "model=someone/some-model")
 
 
 def test_a_copy_overwrites_nothing(tmp_path: Path) -> None:

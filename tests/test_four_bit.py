@@ -17,7 +17,8 @@ from selfplay.adapters import base_folder, check_lora, four_bit_source
 from selfplay.cli import main
 from selfplay.errors import DataError, RecipeError
 from selfplay.generators.engine import EngineSettings
-from selfplay.plan import make_plan, num_parameters
+from selfplay.plan import make_plan
+from selfplay.plan_models import facts_in
 from selfplay.recipe_file import load_recipe
 from selfplay.recipe_train import LoraRecipe, TrainRecipe
 from selfplay.train.four_bit import BASE, load_quantized, playable, write_base
@@ -237,7 +238,7 @@ def test_the_plan_counts_the_base_that_a_run_writes(original: Path, tmp_path: Pa
         recipe = load_recipe(write_recipe(tmp_path, original, train={"bf16": False, "lora": {"r": 4, **lora}}))
         return make_plan(recipe, tmp_path / "run").bytes_needed or 0
 
-    assert needed(load_in_4bit=True) - needed() == 4 * num_parameters(original)
+    assert needed(load_in_4bit=True) - needed() == 4 * facts_in(original).num_parameters
 
 
 @pytest.mark.parametrize("change", ["gone", "changed"])

@@ -14,7 +14,7 @@ from selfplay.adapters import adapter_rank, base_folder, check_lora, is_adapter,
 from selfplay.cli import main
 from selfplay.errors import DataError, RecipeError
 from selfplay.generators.engine import EngineSettings
-from selfplay.plan import num_parameters, num_trained
+from selfplay.plan_models import facts_in
 from selfplay.recipe_train import LoraRecipe, TrainRecipe
 from selfplay.train.logps import TokenLogps
 from selfplay.train.loop import run_training
@@ -207,10 +207,10 @@ def test_the_plan_counts_what_an_adapter_trains(base: Path, adapter: Path) -> No
     from safetensors.torch import load_file
 
     weights = load_file(adapter / "adapter_model.safetensors")
-    assert num_trained(base, LoraRecipe(**LORA)) == sum(w.numel() for w in weights.values())
-    assert num_trained(base, None) == num_parameters(base)
+    assert facts_in(base).num_trained(LoraRecipe(**LORA)) == sum(w.numel() for w in weights.values())
+    assert facts_in(base).num_trained(None) == facts_in(base).num_parameters
     only = LoraRecipe(r=4, target_modules=["q_proj"])
-    assert num_trained(base, only) == 2 * 4 * (64 + 64)  # two layers of a 64 x 64 matrix
+    assert facts_in(base).num_trained(only) == 2 * 4 * (64 + 64)  # two layers of a 64 x 64 matrix
 
 
 def test_an_engine_is_asked_for_the_smallest_rank_that_serves() -> None:

@@ -12,7 +12,8 @@ from rich.console import Console
 from tiny import make_tiny_model
 
 from selfplay.errors import DataError, RecipeError
-from selfplay.plan import Plan, make_plan, num_parameters, print_plan
+from selfplay.plan import Plan, make_plan, print_plan
+from selfplay.plan_models import facts_in
 from selfplay.recipe_file import check_recipe
 
 
@@ -43,7 +44,7 @@ def test_parameters_are_counted_from_the_headers(tiny: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tiny)
-    assert num_parameters(tiny) == sum(p.numel() for p in model.parameters())
+    assert facts_in(tiny).num_parameters == sum(p.numel() for p in model.parameters())
 
 
 def test_each_round_has_its_own_values_and_follows_the_one_before(tiny: Path, tmp_path: Path) -> None:
@@ -128,7 +129,7 @@ def test_an_ema_of_the_reference_takes_disk_from_round_1_on(tiny: Path, tmp_path
     )
     assert plain is not None
     assert ema is not None
-    assert ema - plain == 4 * num_parameters(tiny)
+    assert ema - plain == 4 * facts_in(tiny).num_parameters
 
 
 def test_losses_are_printed_with_their_weights_and_numbers(tiny: Path, tmp_path: Path) -> None:
@@ -147,7 +148,7 @@ def test_disk_counts_a_policy_a_round_and_halves_in_bfloat16(tiny: Path, tmp_pat
     whole = make_plan(recipe_of(tmp_path, tiny), tmp_path / "run")
     half = make_plan(recipe_of(tmp_path, tiny, train={"save_dtype": "bfloat16"}), tmp_path / "run")
     carried = make_plan(recipe_of(tmp_path, tiny, train={"optimizer_state": "carried"}), tmp_path / "run")
-    parameters = num_parameters(tiny)
+    parameters = facts_in(tiny).num_parameters
     assert whole.bytes_needed is not None
     assert half.bytes_needed is not None
     assert carried.bytes_needed is not None
@@ -163,7 +164,7 @@ def test_rounds_that_are_there_need_no_more_disk(tiny: Path, tmp_path: Path) -> 
     after = make_plan(recipe, tmp_path / "run").bytes_needed
     assert before is not None
     assert after is not None
-    assert before - after >= 4 * num_parameters(tiny)
+    assert before - after >= 4 * facts_in(tiny).num_parameters
 
 
 def test_too_little_disk_is_a_warning(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,10 +196,10 @@ def test_a_model_that_is_not_there_or_cut_short_is_named(tmp_path: Path) -> None
 
 
 def test_a_hub_id_that_is_not_here_leaves_the_disk_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     plan = make_plan(recipe_of(tmp_path, Path("someone/some-model")), tmp_path / "run")
     assert plan.bytes_needed is None
-    assert "disk: unknown, for someone/some-model is not on this machine" in printed(plan)
+    assert "disk: unknown: someone/some-model is not on this machine" in printed(plan)
 
 
 def test_planning_loads_no_torch(tiny: Path, tmp_path: Path) -> None:

@@ -30,6 +30,16 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a schedule that follows the loss": ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "Input should be"),
     "no checkpoints": ({"save_steps": 0}, "save_steps"),
+    "two lengths, the run's": (
+        {"schedule_epochs": 3, "schedule_scope": "run", "max_steps": 5},
+        "schedule_epochs is 3, but schedule_scope: run says how long",
+    ),
+    "two lengths, in steps": ({"schedule_epochs": 3, "max_steps": [-1, 5]}, "but max_steps says how long"),
+    "a length of what has none": ({"schedule_epochs": 3, "lr_scheduler_type": "constant"}, "constant has no length"),
+    "a schedule that ends with the training": (
+        {"schedule_epochs": 2, "num_train_epochs": [1, 2]},
+        "schedule_epochs is 2, but num_train_epochs is 2",
+    ),
     "betas of rmsprop": ({"optim": "rmsprop", "adam_beta1": 0.5}, "do nothing with optim rmsprop"),
 }
 

@@ -19,11 +19,12 @@ from tiny import make_tiny_model
 
 import selfplay
 from selfplay import store
+from selfplay.chat import Chat
 from selfplay.errors import DataError, LockedError, NoPairsError, RecipeError, StorageError, UnparsedGateError
 from selfplay.lock import locked
 from selfplay.recipe_file import check_recipe
 from selfplay.rounds import iterate
-from selfplay.types import Completion, Group, PreferencePair, Prompt
+from selfplay.types import Completion, Group, Message, PreferencePair, Prompt, prompt_id
 
 TIMES = {"seconds.json", "metrics.jsonl", ".lock"}
 
@@ -461,9 +462,26 @@ def test_the_schedule_and_the_optimizer_can_span_the_run(rig: dict[str, Any], tm
     assert {float(v) for k, v in state.items() if k.endswith("step")} == {6.0}
 
 
+def test_the_schedule_of_a_round_can_be_longer_than_the_round(rig: dict[str, Any], tmp_path: Path) -> None:
+    settings = {"num_train_epochs": 1, "schedule_epochs": 3, "shuffle": False}
+    play(changed(rig, rounds=1, train=settings), tmp_path / "run")
+    rates = [row["learning_rate"] for row in store.read_json_lines(tmp_path / "run/round-000/train/steps.jsonl")]
+    assert rates == pytest.approx([1e-3 * (1 - n / (3 * len(rates))) for n in range(len(rates))])
+    assert len(rates) > 1
+
+
 def test_a_pool_that_would_run_out_is_refused_before_the_first_round(rig: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="round 3 needs prompts 25 to 32"):
         play(changed(rig, rounds=4), tmp_path / "run")
+    assert not (tmp_path / "run" / "initial").exists()
+
+
+def test_prompts_that_are_too_long_are_missed_before_the_first_round(rig: dict[str, Any], tmp_path: Path) -> None:
+    asked = (Message("user", "Say something about number 9."),)
+    longest = len(Chat.load(rig["model"]).encode_prompt(Prompt(prompt_id(asked), asked)))
+    recipe = changed(rig, prompts={"max_prompt_length": longest})  # leaves the ten of one digit, and 16 are needed
+    with pytest.raises(RecipeError, match=r"round 1 needs prompts 9 to 16, but .* has 10 for training\. Lower"):
+        play(recipe, tmp_path / "run")
     assert not (tmp_path / "run" / "initial").exists()
 
 

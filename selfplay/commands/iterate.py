@@ -20,7 +20,7 @@ def iterate_command(
     ] = None,
     overrides: Overrides = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show recipe, rounds, work and disk; load no model.")
+        bool, typer.Option("--dry-run", help="Show recipe, rounds, work, memory and disk; load no model.")
     ] = False,
     accelerate_config: AccelerateConfig = None,
     allow_code: AllowCode = False,
@@ -33,8 +33,8 @@ def iterate_command(
     if dry_run:
         from selfplay.plan import make_plan, print_plan
 
-        print_plan(make_plan(loaded, folder), console)
         require_possible(loaded.train, devices)
+        print_plan(make_plan(loaded, folder, devices), console)
         for line in devices.lines if devices is not None else ["training on 1 process"]:
             console.print(line, markup=False, soft_wrap=True)
         return

@@ -11,6 +11,8 @@ from typing import Any, Literal, Protocol
 from selfplay.errors import GeneratorError
 from selfplay.types import Sampling
 
+DEFAULT_BATCH_SIZE = 64  # sequences at once of the transformers engine
+
 
 @dataclass(frozen=True, slots=True)
 class Request:

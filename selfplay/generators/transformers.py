@@ -20,11 +20,10 @@ from selfplay.adapters import load_adapter
 from selfplay.errors import DataError, RecipeError
 from selfplay.generators import attention
 from selfplay.generators.choices import Choices
-from selfplay.generators.engine import EngineSettings, Request, Result
+from selfplay.generators.engine import DEFAULT_BATCH_SIZE, EngineSettings, Request, Result
 from selfplay.generators.environment import cpu_computes_bf16
 from selfplay.generators.sampling import Sampler
 
-DEFAULT_BATCH_SIZE = 64
 UNBOUNDED_LENGTH = 2**31
 
 

@@ -18,9 +18,8 @@ from vllm.sampling_params import MAX_LOGPROB_TOKEN_IDS, RequestOutputKind, Struc
 from selfplay.adapters import served_rank
 from selfplay.errors import GeneratorError
 from selfplay.generators.engine import EngineSettings, Request, Result
+from selfplay.generators.environment import cpu_cache_bytes
 from selfplay.generators.vllm_top_p import TOP_P, TopP
-
-GIB = 2**30
 
 
 class VllmEngine:
@@ -127,15 +126,6 @@ def engine_arguments(settings: EngineSettings, *, on_cpu: bool) -> dict[str, Any
     if settings.max_batch_size is not None:
         arguments["max_num_seqs"] = settings.max_batch_size
     return arguments | dict(settings.engine_args)
-
-
-def cpu_cache_bytes() -> int:
-    """An eighth of the machine's memory in whole GiB, between 1 and 4: 2 GiB hold 93,000 tokens of a 135M model.
-
-    Free memory is not asked: the cache's size decides the schedule, which must be the same when a shard is drawn again.
-    """
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return max(1, min(4, total // GIB // 8)) * GIB
 
 
 def _declared_length(model: str) -> int:

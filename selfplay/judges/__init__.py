@@ -96,15 +96,15 @@ def _llm_judge(recipe: LLMJudgeRecipe, open_model: Callable[[str], Any] | None) 
     from selfplay.models import local_model
     from selfplay.store import weights_digest
 
-    own = recipe.model != "policy"
-    assert not own or open_model is not None
+    folder = local_model(recipe.model, recipe.model_revision) if recipe.model != "policy" else None
+    assert folder is None or open_model is not None
     return LLMJudge(
         load_template(recipe.template, Path()),
         verdict=recipe.verdict,
         num_verdicts=recipe.num_verdicts,
         **{key: value for key, value in recipe if key in DRAWN and value is not None},
-        model=weights_digest(local_model(recipe.model)) if own else "policy",
-        generator_factory=(lambda: open_model(recipe.model)) if own and open_model is not None else None,
+        model="policy" if folder is None else weights_digest(folder),
+        generator_factory=(lambda: open_model(str(folder))) if folder is not None and open_model is not None else None,
         system_prompt=recipe.system_prompt,
     )
 

@@ -147,7 +147,7 @@ def _no_template(folder: Path, key: str) -> str:
 
 def open_reward_model(recipe: RewardModelRecipe, key: str = "judge") -> RewardModelJudge:
     """The judge that a recipe names; its model is opened when it is first asked."""
-    folder = local_model(recipe.model)
+    folder = local_model(recipe.model, recipe.model_revision)
     check_reward_model(recipe, folder, key)
     settings = EngineSettings(
         "reward_model",

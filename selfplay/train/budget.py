@@ -25,16 +25,20 @@ from selfplay.train.logps import TokenLogps
 from selfplay.train.memory import free_memory
 from selfplay.train.optim import Masters
 from selfplay.train.pack import build_packs
-from selfplay.train.settings import STATE_BYTES, TrainSettings
+from selfplay.train.settings import TrainSettings
+from selfplay.train.sizes import (
+    COMPLETION,
+    CPU_PACK_TOKENS,
+    DENSE_PACK_LENGTH,
+    PROMPT,
+    SHARE,
+    SIZES,
+    optimizer_bytes,
+)
 from selfplay.train.world import World
 from selfplay.types import Demonstration, Message
 
-CPU_PACK_TOKENS = 2048
-DENSE_PACK_LENGTH = 2048  # a dense mask of a row costs the square of its length: 4 MiB here
-SIZES = tuple(1 << n for n in range(8, 17))  # tokens of the packs that are tried: 256 to 65,536
-SHARE = 0.8  # of the memory that is free beside the optimizer's state, for packs; blocks of many sizes leave holes
 GROWTH = 4  # doubling a row adds at most this much of what the doubling before added, where attention is quadratic
-PROMPT, COMPLETION = 64, 96  # tokens of the packs that are tried; a prompt has two completions
 
 
 class Meter(Protocol):
@@ -138,10 +142,9 @@ def measured(
 
 
 def state_bytes(masters: Masters, optim: str) -> int:
-    """What the optimizer takes at its first step. 8-bit states of embeddings stay in fp32."""
-    wide = {id(weight) for weight in masters.embeddings} if optim == "adamw_bnb_8bit" else set[int]()
-    each, whole = STATE_BYTES[optim], STATE_BYTES["adamw_torch"]
-    return sum(weight.numel() * (whole if id(weight) in wide else each) for weight in masters.weights)
+    """What the optimizer takes at its first step."""
+    every, tables = (sum(weight.numel() for weight in weights) for weights in (masters.weights, masters.embeddings))
+    return optimizer_bytes(every, tables, optim)
 
 
 def grow(peak_of: Callable[[int], int], limit: int) -> list[tuple[int, int]]:

@@ -78,7 +78,7 @@ class Checkpoints:
             "ref_model_mixup_alpha": job.ref_model_mixup_alpha,
             "pairs": store.file_digest(Path(job.pairs)),
             "optimizer_state": store.file_digest(Path(state)) if state is not None else None,
-            "schedule": [job.first_step, job.total_steps],
+            "schedule": job.schedule,
             "seed": job.seed,
             "processes": processes_line(self.world),
             "settings": settings,

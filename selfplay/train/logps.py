@@ -15,12 +15,8 @@ from selfplay.train import attention
 from selfplay.train.activations import keeping_less, replace_modules
 from selfplay.train.memory import trim_memory
 from selfplay.train.pack import NO_BRANCH, PADDING, Pack
+from selfplay.train.sizes import CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS, STORED_ELEMENTS
 
-CHUNK_ELEMENTS = 1 << 23  # logits in fp32 at a time: 32 MiB
-# On a GPU 256 MiB: each chunk reads the head's weight once, and its gradient in fp32 twice. With 128,256 tokens 32 MiB are 65
-# rows, for which that takes several times as long as their products.
-GPU_CHUNK_ELEMENTS = 1 << 26
-STORED_ELEMENTS = 1 << 27  # logits kept for the backward pass: 256 MiB in bf16
 Mask = Tensor | dict[str, Tensor]
 
 

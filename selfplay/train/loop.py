@@ -30,7 +30,7 @@ from selfplay.train.reference_pass import find_reference, win_rates
 from selfplay.train.rows import read_rows
 from selfplay.train.settings import TrainJob, TrainSettings
 from selfplay.train.smaller import leave_cap, left_cap
-from selfplay.train.steps import Plan
+from selfplay.train.steps import Plan, schedule_steps
 from selfplay.train.stop import stopping
 from selfplay.train.trainer import Trainer
 from selfplay.train.world import World
@@ -70,7 +70,7 @@ def _train(job: TrainJob, progress: Progress, world: World) -> dict[str, Any]:
     torch.manual_seed(job.seed)
     steps = Plan(pairs, settings, seed=job.seed)
     result: dict[str, Any] = found.result if found is not None else {"num_too_long": num_too_long, "out_of_memory": []}
-    model, trainer = _prepare(job, pairs, len(steps), found, result, progress, world)
+    model, trainer = _prepare(job, pairs, schedule_steps(pairs, job, steps), found, result, progress, world)
     rows = found.rows if found is not None else []
     _run_steps(job, trainer, pairs, steps, rows, result, checkpoints, progress)
     result |= _summary(rows, len(pairs), settings) | {"processes": processes_line(world)}
@@ -91,13 +91,15 @@ def _train(job: TrainJob, progress: Progress, world: World) -> dict[str, Any]:
 def _prepare(
     job: TrainJob,
     pairs: Sequence[TrainRow],
-    num_steps: int,
+    schedule_length: int,
     found: Found | None,
     result: dict[str, Any],
     progress: Progress,
     world: World,
 ) -> tuple[Any, Trainer]:
-    """(model, trainer), at the step of the checkpoint that was found. Fills `result` with what is measured at the start."""
+    """(model, trainer), at the step of the checkpoint that was found. Fills `result` with what is measured at the start.
+    `schedule_length` is in steps.
+    """
     settings = job.settings
     load = partial(
         load_model,
@@ -141,7 +143,7 @@ def _prepare(
         carry_optimizer(optimizer, masters, Path(job.optimizer_state), settings.optim)
     if found is not None:
         found.restore(masters, optimizer)
-    schedule = make_schedule(optimizer, job, num_steps, done=found.step if found is not None else 0)
+    schedule = make_schedule(optimizer, job, schedule_length, done=found.step if found is not None else 0)
     trainer = Trainer(
         module,
         masters,

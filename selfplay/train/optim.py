@@ -287,14 +287,14 @@ def carry_optimizer(optimizer: torch.optim.Optimizer, masters: Masters, path: Pa
         load_state(optimizer, parts)
 
 
-def make_schedule(optimizer: torch.optim.Optimizer, job: TrainJob, num_steps: int, *, done: int) -> Any:
-    """transformers' schedule of the recipe's name, `done` steps into the job. A warmup_steps below 1 is a share of the
-    schedule. A schedule is a function of the step alone, so its place is all there is to resume.
+def make_schedule(optimizer: torch.optim.Optimizer, job: TrainJob, length: int, *, done: int) -> Any:
+    """transformers' schedule of the recipe's name over `length` steps, or over those of the run, `done` steps into the job. A
+    warmup_steps below 1 is a share of it. A schedule is a function of the step alone, so its place is all there is to resume.
     """
     from transformers import get_scheduler
 
     settings = job.settings
-    total = job.total_steps or num_steps
+    total = job.total_steps or length
     warmup = settings.warmup_steps
     warmup_steps = math.ceil(warmup * total) if warmup < 1 else int(warmup)
     decay_steps = settings.lr_scheduler_kwargs.get("num_decay_steps", 0)

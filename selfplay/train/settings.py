@@ -66,7 +66,8 @@ class TrainJob:
     into which the policy is mixed. `groups` are shards of what the policy sampled, for the audit; none where nothing was.
 
     `pack_budget` is the file that keeps what `max_pack_tokens: auto` became; without one it is kept in `out`.
-    `first_step` and `total_steps` place the job in a schedule that spans the run; None where it spans this job.
+    `first_step` and `total_steps` place the job in a schedule that spans the run; None where it spans this job, or
+    `schedule_epochs` epochs of its rows.
     """
 
     policy: str
@@ -82,7 +83,14 @@ class TrainJob:
     pack_budget: str | None = None
     first_step: int = 0
     total_steps: int | None = None
+    schedule_epochs: int | None = None
     chat_template: str | None = None
+
+    @property
+    def schedule(self) -> list[int | None]:
+        """What tells the schedules of two jobs over the same rows apart."""
+        span = [self.first_step, self.total_steps]
+        return span if self.schedule_epochs is None else [*span, self.schedule_epochs]
 
 
 def schedule_span(recipe: TrainRecipe, round: int, *, rounds: int) -> tuple[int, int | None]:

@@ -3,12 +3,13 @@
 import random
 from array import array
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from selfplay.records import Lazy
 from selfplay.train.rows import Numbers, prompt_numbers
-from selfplay.train.settings import TrainSettings
+from selfplay.train.settings import TrainJob, TrainSettings
 from selfplay.types import TrainRow, derive_seed
 
 
@@ -48,6 +49,13 @@ class Plan(Lazy[tuple[float, list[int]]]):
                 return round(epoch + (place + 1) / len(steps), 4), steps[place]
             place -= len(steps)
         raise IndexError(place)
+
+
+def schedule_steps(rows: Sequence[TrainRow], job: TrainJob, steps: Plan) -> int:
+    """The steps that the schedule of a job spans: its own `steps`, or those of `schedule_epochs` epochs."""
+    if job.schedule_epochs is None:
+        return len(steps)
+    return len(Plan(rows, replace(job.settings, num_train_epochs=job.schedule_epochs), seed=job.seed))
 
 
 def form_steps(rows: Sequence[TrainRow], *, batch_size: int, seed: int, epoch: int, shuffle: bool) -> Steps:

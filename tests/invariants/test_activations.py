@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,14 @@ from test_memory import difference, gradients, trainer_of
 from tiny import make_tiny_model
 from torch import Tensor, nn
 
+from selfplay.plan_models import facts_in
 from selfplay.train import logps, optim, trainer
 from selfplay.train.activations import LeanMLP, LeanNorm, keeping_less, replace_modules
+from selfplay.train.attention import mask_blocks
 from selfplay.train.logps import TokenLogps
 from selfplay.train.model import load_model
 from selfplay.train.pack import build_packs
+from selfplay.train.sizes import PackSize
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -61,6 +65,22 @@ def test_a_forward_pass_keeps_little_more_than_half(
     lean = kept_bytes(TokenLogps(load_model(str(model)).bfloat16()), monkeypatch)
     monkeypatch.setattr(logps, "replace_modules", lambda model: 0)
     assert lean < 0.6 * kept_bytes(TokenLogps(load_model(str(model)).bfloat16()), monkeypatch)
+
+
+@pytest.mark.parametrize("width", [2, 4], ids=["bf16", "fp32"])
+def test_what_layers_keep_is_about_what_is_counted(width: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_tiny_model(tmp_path, intermediate_size=256, num_hidden_layers=4)
+    module = TokenLogps(load_model(str(model)).to(torch.bfloat16 if width == 2 else torch.float32))
+    drawn = random_pairs(prompt_length=40, length=20)  # as kept_bytes draws them
+    pack = build_packs(drawn, range(len(drawn)), max_pack_tokens=2048, shared=True)[0]
+    blocks = mask_blocks(module.mask(pack)).parts  # type: ignore[arg-type]
+    seen = sum((b.end - b.start) * (b.num_shared + b.end - b.start) for b in blocks)
+    size = PackSize(pack.num_tokens, 0, width, seen // pack.num_tokens, on_gpu=False, checkpointing=False)
+    dimensions = facts_in(model).dimensions
+    assert dimensions is not None
+    assert 4 * size.layer_bytes(dimensions) == pytest.approx(kept_bytes(module, monkeypatch), rel=0.2)
+    less = replace(size, checkpointing=True)
+    assert less.bytes_of(dimensions) < size.bytes_of(dimensions)
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])

@@ -102,6 +102,19 @@ def test_two_jobs_with_carried_state_and_the_runs_schedule_are_one_long_job(
     assert not all(torch.equal(fresh_policy[name], two_policy[name]) for name in fresh_policy)
 
 
+def test_a_schedule_may_be_longer_than_what_is_trained(
+    tiny: Path, pairs: Sequence[PreferencePair], tmp_path: Path
+) -> None:
+    # 12 pairs of 4 prompts in steps of 3: 4 steps an epoch
+    set_up: dict[str, Any] = {"batch_size": 3, "warmup_steps": 0.25}
+    short = train(tmp_path / "short", tiny, pairs, num_train_epochs=3, **set_up)
+    long = train(tmp_path / "long", tiny, pairs, num_train_epochs=1, job={"schedule_epochs": 3}, **set_up)
+    rates = [[row["learning_rate"] for row in rows] for rows in (short, long)]
+    assert len(rates[0]) == 12
+    assert rates[1] == rates[0][:4]
+    assert rates[1] == pytest.approx([0.0, 1e-3 / 3, 2e-3 / 3, 1e-3])
+
+
 def test_optimizer_state_of_another_model_or_damaged_is_refused(
     tiny: Path, pairs: Sequence[PreferencePair], tmp_path: Path
 ) -> None:

@@ -150,6 +150,22 @@ def test_a_checkpoint_of_another_job_is_refused(what: str, stopped: TrainJob) ->
     assert not (Path(stopped.out) / "policy").exists()
 
 
+def test_a_schedule_longer_than_the_job_goes_on_where_it_was(
+    tiny: Path, pairs: Sequence[PreferencePair], tmp_path: Path, fault: Callable[[str | None], None]
+) -> None:
+    long = {"schedule_epochs": 18}
+    whole, job = (job_of(tmp_path / name, tiny, pairs, job=long, **RIG) for name in ("whole", "stopped"))
+    run_training(whole)
+    fault("train.updated@4=raise")
+    with pytest.raises(faults.InjectedError):
+        run_training(job)
+    fault(None)
+    with pytest.raises(StorageError, match=r"another training job: its schedule differ"):
+        run_training(dataclasses.replace(job, schedule_epochs=17))
+    run_training(job)
+    assert files(Path(job.out)) == files(Path(whole.out))
+
+
 def test_how_often_checkpoints_are_written_may_change(stopped: TrainJob, undisturbed: Path) -> None:
     run_training(dataclasses.replace(stopped, settings=dataclasses.replace(stopped.settings, save_steps=2)))
     assert weights(Path(stopped.out) / "policy").keys() == weights(undisturbed / "policy").keys()
