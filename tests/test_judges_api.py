@@ -1,6 +1,8 @@
 """The judge behind an endpoint, on a scripted server that behaves and misbehaves. No call leaves this machine."""
 
+import asyncio
 import json
+import math
 import socket
 from collections import Counter
 from pathlib import Path
@@ -14,7 +16,7 @@ from selfplay.errors import JudgeError, RecipeError, SecurityError, StorageError
 from selfplay.judges import make_judge
 from selfplay.judges.api import ApiJudge
 from selfplay.judges.contract import judge_checked
-from selfplay.judges.endpoint import Pacer, retry_after
+from selfplay.judges.endpoint import Endpoint, EndpointSettings, Pacer, retry_after
 from selfplay.judges.journal import Journal, Reply
 from selfplay.judges.patience import MAX_FAILURES, MAX_TRIED
 from selfplay.judges.template import load_template
@@ -412,6 +414,36 @@ def test_calls_are_paced_and_wait_while_the_server_asks_for_a_pause():
     pacer.hold(25.0)
     assert [pacer.take(20.0) for _ in range(2)] == [5.0, 5.5]
     assert [Pacer(None).take(3.0) for _ in range(2)] == [0.0, 0.0]
+
+
+def test_other_calls_wait_too_while_the_server_asks_for_a_pause(monkeypatch):
+    waits, turn = [], asyncio.sleep
+
+    async def rest(seconds):  # no time passes, so whoever has to wait goes on waiting
+        waits.append(seconds)
+        if seconds > 0:
+            await asyncio.Event().wait()
+
+    class Busy(Endpoint):
+        async def _call(self, messages, seed):
+            return self._refused(503, {"retry-after": "3600"}, "")
+
+    async def ask_two():
+        async with Busy(EndpointSettings("http://127.0.0.1:1/v1", "m"), None, until=math.inf) as endpoint:
+            asked = []
+            for text in ("first", "second"):
+                asked.append(asyncio.ensure_future(endpoint.ask((Message("user", text),), 0)))
+                for _ in range(9):
+                    await turn(0)
+            for call in asked:
+                call.cancel()
+            await asyncio.gather(*asked, return_exceptions=True)
+
+    monkeypatch.setattr(asyncio, "sleep", rest)
+    asyncio.run(ask_two())
+    before_first, between_tries, before_second = waits
+    assert before_first == 0
+    assert between_tries > before_second > 3000
 
 
 def test_a_judge_keeps_to_requests_per_minute():

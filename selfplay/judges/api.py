@@ -244,7 +244,7 @@ class ApiJudge:
         return JudgeError(
             f"judge {self.recipe.base_url}, model {self.recipe.model}: {what}.\nThe replies so far are kept; when the server "
             "works again, the same command goes on from them (judge.deadline, timeout and max_retries may be changed). A "
-            f"question that gets none in {MAX_TRIED} runs of the command, while others do, has no verdict, and stops no more"
+            f"question without a reply in {MAX_TRIED} runs of the command has no verdict and stops no more, where others have one"
         )
 
 
