@@ -88,6 +88,12 @@ def test_ordinary_text_stays_as_it_is(text: str) -> None:
     assert hidden(text) == text
 
 
+@pytest.mark.parametrize("piece", ["_", "a", "A", "|", "a_", "<", "[", "<|", "[A_"])
+def test_a_text_of_any_length_is_read_in_one_go(piece: str) -> None:
+    text = ("<" if "[" not in piece else "[") + piece * 50_000
+    assert hidden(text) == text
+
+
 def test_the_shipped_templates_and_their_fences_stay_as_they_are() -> None:
     for path in BUILTIN.values():
         text = path.read_text(encoding="utf-8")

@@ -281,6 +281,17 @@ def test_figures_go_on_where_another_process_left_them(tmp_path: Path) -> None:
     assert (found["num_retries"], found["num_failed"], found["num_counted"]) == (4 * 2, 0, 4)
 
 
+def test_figures_of_before_calls_were_told_apart_are_added_up_where_they_can_be(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "usage.json").write_text(json.dumps({"num_calls": 3, "cost": 1.0}))
+    with Server(lambda asked: says("Score: 3")) as server:
+        start(tmp_path / "b", server.url, groups_of(1))
+    old, new = usage_of(tmp_path), usage_of(tmp_path / "b", tmp_path / "a")
+    assert old == {"num_calls": 5, "cost": None}
+    assert new is not None
+    assert (new["num_calls"], new["num_counted"]) == (5, None)
+
+
 def test_a_journal_from_before_reasons_were_kept_is_read(tmp_path: Path) -> None:
     with Server(bad_at(http(503), 1)) as server:
         start(tmp_path, server.url, groups_of(2))

@@ -1,8 +1,8 @@
 """A model behind an OpenAI-compatible chat endpoint as a judge: the same questions, parsers and averages as llm.py.
 
-Replies and refusals are kept as they arrive (journal.py), under a digest of all that they depend on, so a run that was killed,
-or whose server was down, asks them not again. A question without a reply is None with a note in its judgement where the stage
-goes on; where the stage stops (patience.py), it is asked again by the next command, unless it was refused.
+Replies and refusals are kept as they arrive (journal.py), under a digest of all that they depend on, so a run that was
+killed, or whose server was down, asks for neither again. A question without a reply is None with a note in its judgement where
+the stage goes on; where the stage stops (patience.py), it is asked again by the next command, unless it was refused.
 """
 
 import asyncio
@@ -243,8 +243,8 @@ class ApiJudge:
     def _down(self, what: str) -> JudgeError:
         return JudgeError(
             f"judge {self.recipe.base_url}, model {self.recipe.model}: {what}.\nThe replies so far are kept; when the server "
-            "works again, the same command goes on from them (judge.deadline, timeout and max_retries may be changed). A "
-            f"question without a reply in {MAX_TRIED} runs of the command has no verdict and stops no more, where others have one"
+            "works again, the same command goes on from them (judge.deadline, timeout and max_retries may be changed). Where "
+            f"others have a reply, a question without one in {MAX_TRIED} runs of the command has no verdict and stops no more"
         )
 
 

@@ -1,8 +1,8 @@
 """How chat models spell the borders of turns and of thinking, and text in which none is left.
 
 A server may read such a spelling as the token that it names, wherever it stands. It can't be asked which ones it knows, so
-whatever looks like one gets a space behind its first character: a reader sees nearly the same text, a tokenizer no token.
-chat.py, which knows its tokenizer, has no need of this.
+whatever looks like one gets a space behind its first character, in a template's own words too: a reader sees nearly the same
+text, a tokenizer no token. chat.py, which knows its tokenizer, has no need of this.
 
 A word alone in brackets or angles is ordinary text more often than a token ([INFO], [A], <b>). Such tokens are named one by
 one; all others are known by their form.
@@ -19,7 +19,7 @@ _ANGLE = (
     r"[|\uff5c][^<>\n]*>",  # <|im_end|>, <|turn>; DeepSeek's with full-width bars
     r"[^\s<>]*[|\uff5c]>",  # <turn|>
     r"</?[A-Z_]+>>",  # <<SYS>>
-    r"/?\w+_\w+>",  # <start_of_turn>, <tool_call>, <EOS_TOKEN>, <extra_id_0>
+    r"/?(?=[^\W_]*_)\w+>",  # <start_of_turn>, <tool_call>, <EOS_TOKEN>, <extra_id_0>
     r"/?seed:\w+>",
     r"unused\d+>",
     r"/?(?i:s|bos|eo[ahpst]|pad|unk|sep|cls|mask|sop|think)>",
