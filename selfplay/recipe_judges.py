@@ -120,7 +120,8 @@ class ApiJudgeRecipe(Section):
     stage asks: the judging of a round, of a panel, or of a panel's greedy completions. `send_seed: false` is for servers that
     refuse the field. Prices are per million tokens, in any currency. `verdict: labels` reads the `top_logprobs` most probable
     first tokens; `constraint` says in which field of a request `verdict: constrained` stands: OpenAI's response_format, or
-    vLLM's structured_outputs.
+    vLLM's structured_outputs. `reasoning_tags` enclose the thinking that a server leaves in a reply's text: the verdict is read
+    from what follows it, and there is none where it has no end.
     """
 
     kind: Literal["api"]
@@ -136,6 +137,9 @@ class ApiJudgeRecipe(Section):
     temperature: NonNegativeFloat = 0.7
     top_p: TopP = 0.9
     max_tokens: PositiveInt = 256
+    reasoning_tags: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=2, max_length=2)] | None = (
+        None
+    )
     send_seed: bool = True
     max_concurrency: PositiveInt = 16
     requests_per_minute: PositiveFloat | None = None
@@ -157,6 +161,14 @@ class ApiJudgeRecipe(Section):
         for name, way in (("constraint", "constrained"), ("top_logprobs", "labels")):
             if self.verdict != way and dict(self)[name] != type(self).model_fields[name].default:
                 raise ValueError(f"{name} is read with verdict: {way} alone: leave it out")
+        if self.reasoning_tags is not None and self.verdict == "labels":
+            raise ValueError("verdict: labels reads the first token, so reasoning_tags changes nothing: leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _tags(self) -> "ApiJudgeRecipe":
+        if self.reasoning_tags and self.reasoning_tags[0] == self.reasoning_tags[1]:
+            raise ValueError("reasoning_tags: the two are the same; give what opens the thinking, and what closes it")
         return self
 
 

@@ -247,7 +247,7 @@ def usage_of(*judgements: Path) -> dict[str, Any] | None:
     found = [store.read_json(path) for folder in judgements for path in sorted(folder.rglob(USAGE))]
     if not found:
         return None
-    counts = {key: [usage[key] for usage in found] for key in found[0]}
+    counts = {key: [usage.get(key) for usage in found] for key in found[0]}  # an older version counted less
     return {key: None if None in values else sum(values) for key, values in counts.items()}
 
 

@@ -221,12 +221,12 @@ def test_judging_by_an_endpoint_ends_with_69_where_it_is_down_and_a_key_is_nowhe
     groups, out = groups_in(tmp_path / "groups", 2), tmp_path / "judged"
     with Server(lambda asked: says(f"{KEY}\nScore: 2") if asked.number < 3 else http(500, KEY.encode())) as server:
         recipe = recipe_in(tmp_path, api(server.url, api_key_env="JUDGE_KEY", max_concurrency=1))
-        monkeypatch.setattr("selfplay.judges.api.MAX_FAILURES", 2)
+        monkeypatch.setattr("selfplay.judges.patience.MAX_FAILURES", 2)
         said = run(capsys, "judge", recipe, "--groups", groups, "--out", out, code=69)
         monkeypatch.undo()
         assert all(asked.headers["authorization"] == f"Bearer {KEY}" for asked in server.asked)
     assert "2 calls in a row got no reply; the last: HTTP 500" in said
-    assert "judge: 3 calls (0 retries, 2 failed)" in said
+    assert "judge: 5 calls (0 retries, 2 failed)" in said
     assert KEY not in said
     assert [json.loads(line)["reply"] is None for line in (out / "replies.log").read_text().splitlines()] == [
         *[False] * 3,

@@ -1,6 +1,8 @@
 """The judge behind an endpoint, on a scripted server that behaves and misbehaves. No call leaves this machine."""
 
+import asyncio
 import json
+import math
 import socket
 from collections import Counter
 from pathlib import Path
@@ -12,10 +14,11 @@ import selfplay.judges.guard as guard_module
 from selfplay import store
 from selfplay.errors import JudgeError, RecipeError, SecurityError, StorageError
 from selfplay.judges import make_judge
-from selfplay.judges.api import MAX_FAILURES, MAX_TRIED, ApiJudge
+from selfplay.judges.api import ApiJudge
 from selfplay.judges.contract import judge_checked
-from selfplay.judges.endpoint import Pacer, retry_after
+from selfplay.judges.endpoint import Endpoint, EndpointSettings, Pacer, retry_after
 from selfplay.judges.journal import Journal, Reply
+from selfplay.judges.patience import MAX_FAILURES, MAX_TRIED
 from selfplay.judges.template import load_template
 from selfplay.progress import SILENT
 from selfplay.protocols import Judge, JudgeContext, StagedJudge
@@ -66,7 +69,7 @@ def test_an_endpoint_scores_as_the_llm_judge_does_and_is_sent_what_the_recipe_sa
         assert asked.body.keys() == {"model", "messages", "max_tokens", "temperature", "top_p", "seed"}
         assert [asked.body[name] for name in ("model", "max_tokens", "temperature", "top_p")] == ["m", 99, 0.5, 0.8]
         seeds.add(asked.body["seed"])
-    assert seeds == {derive_seed(7, g.prompt.id, k, 0) for g in groups for k in range(len(g.completions))}
+    assert seeds == {derive_seed(7, "additive v1", g.prompt.id, c.text, 0) for g in groups for c in g.completions}
 
 
 def test_progress_is_told_reply_by_reply_those_that_were_there_before_too(tmp_path):
@@ -102,7 +105,7 @@ def test_a_system_prompt_stands_in_for_the_templates_and_seeds_need_not_be_sent(
 
 
 def test_several_verdicts_are_averaged_over_those_that_can_be_read():
-    seeds = [derive_seed(7, make_group("x").prompt.id, 0, n) for n in range(3)]
+    seeds = [derive_seed(7, "additive v1", make_group("x").prompt.id, "x", n) for n in range(3)]
     said = dict(zip(seeds, ["Score: 5", "I can't say", "Score: 2"], strict=True))
     with Server(lambda asked: says(said[asked.body["seed"]])) as server:
         judgement = make_api_judge(server.url, num_verdicts=3).judge([make_group("x")], CONTEXT)[0]
@@ -207,12 +210,16 @@ def test_a_fault_that_lasts_is_none_with_a_note_and_the_other_rows_are_kept(faul
     assert sum("a wren" in asked.text for asked in server.asked) == tries
 
 
-def test_an_endless_refusal_is_not_read_to_its_end(monkeypatch):
+@pytest.mark.parametrize(
+    ("status", "tries", "note"), [(500, 2, "HTTP 500, 2 tries"), (400, 1, "larger than 1000 bytes")]
+)
+def test_an_endless_refusal_is_not_read_to_its_end_and_stays_what_its_status_says(monkeypatch, status, tries, note):
     monkeypatch.setattr(guard_module, "MAX_BODY", 1000)
-    with Server(lambda asked: http(500, b"x" * 5000) if "a wren" in asked.text else graded(asked)) as server:
+    with Server(lambda asked: http(status, b"x" * 5000) if "a wren" in asked.text else graded(asked)) as server:
         judgement = make_api_judge(server.url).judge(groups_of(1), CONTEXT)[0]
     assert judgement.scores == (None, 1.0)
-    assert "larger than 1000 bytes" in judgement.notes[0]
+    assert note in judgement.notes[0]
+    assert len(server.asked) == 1 + tries
 
 
 def closed_port():
@@ -254,7 +261,8 @@ def test_a_server_that_goes_down_stops_the_stage_and_nothing_is_asked_twice_on_r
         answered = [asked.text for asked in server.asked if asked.number not in range(5, 5 + MAX_FAILURES)]
         assert len(answered) == len(set(answered)) == 40
         assert [j.scores for j in judgements] == [(4.0, 1.0)] * 20
-        assert usage_of(tmp_path)["num_calls"] == 40
+        assert usage_of(tmp_path)["num_calls"] == 40 + MAX_FAILURES
+        assert usage_of(tmp_path)["num_counted"] == 40
         assert list(judge_in(tmp_path, again, groups)) == list(judgements)
     assert len(server.asked) == 40 + MAX_FAILURES
 
@@ -406,6 +414,36 @@ def test_calls_are_paced_and_wait_while_the_server_asks_for_a_pause():
     pacer.hold(25.0)
     assert [pacer.take(20.0) for _ in range(2)] == [5.0, 5.5]
     assert [Pacer(None).take(3.0) for _ in range(2)] == [0.0, 0.0]
+
+
+def test_other_calls_wait_too_while_the_server_asks_for_a_pause(monkeypatch):
+    waits, turn = [], asyncio.sleep
+
+    async def rest(seconds):  # no time passes, so whoever has to wait goes on waiting
+        waits.append(seconds)
+        if seconds > 0:
+            await asyncio.Event().wait()
+
+    class Busy(Endpoint):
+        async def _call(self, messages, seed):
+            return self._refused(503, {"retry-after": "3600"}, "")
+
+    async def ask_two():
+        async with Busy(EndpointSettings("http://127.0.0.1:1/v1", "m"), None, until=math.inf) as endpoint:
+            asked = []
+            for text in ("first", "second"):
+                asked.append(asyncio.ensure_future(endpoint.ask((Message("user", text),), 0)))
+                for _ in range(9):
+                    await turn(0)
+            for call in asked:
+                call.cancel()
+            await asyncio.gather(*asked, return_exceptions=True)
+
+    monkeypatch.setattr(asyncio, "sleep", rest)
+    asyncio.run(ask_two())
+    before_first, between_tries, before_second = waits
+    assert before_first == 0
+    assert between_tries > before_second > 3000
 
 
 def test_a_judge_keeps_to_requests_per_minute():

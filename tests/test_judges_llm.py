@@ -142,11 +142,11 @@ def test_a_verdict_cut_by_max_tokens_is_none(chat):
     assert "max_tokens" in judgement.notes[0]
 
 
-def test_seeds_come_from_prompt_place_and_verdict_and_all_differ(chat):
+def test_seeds_come_from_the_texts_shown_and_the_verdict_and_all_differ(chat):
     model = ScriptedModel(chat)
     group = make_group("a", "b")
     make_judge(num_verdicts=2, max_tokens=7).judge([group], JudgeContext(seed=11, generator=model))
-    wanted = [derive_seed(11, group.prompt.id, k, n) for k in range(2) for n in range(2)]
+    wanted = [derive_seed(11, "additive v1", group.prompt.id, text, n) for text in "ab" for n in range(2)]
     assert [request.seed for request in model.requests] == wanted
     assert len(set(wanted)) == 4
     assert {request.sampling.max_tokens for request in model.requests} == {7}

@@ -2,12 +2,15 @@
 
 What may go wrong with a call, and what becomes of it:
 
-    429, 408, 5xx, no connection, a connection lost, no reply in time     asked again, at most max_retries times, after what
-                                                                          Retry-After says or a growing, random pause; then
-                                                                          NoReplyError
-    another refusal, a redirect, a body too large, compressed or garbled  CallError: this call has no verdict
-    401, 402, 403, 404                                                    JudgeError: no call could ever succeed
-    an address that is link-local                                         SecurityError
+    408, 409, 425, 429, 5xx, no connection, a connection lost, no reply in time
+                                                     asked again, at most max_retries times, after what Retry-After says or a
+                                                     growing, random pause; then a Failure
+    a redirect                                       a Failure
+    another refusal, a body too large, compressed, garbled or without the log-probabilities asked for
+                                                     a Failure that is final: of this question the server says nothing else
+    401, 402, 403, 404                               JudgeError: no call could ever succeed. A 403 from a server that has
+                                                     replied before is a Failure: some forbid a question for what is in it
+    an address that is link-local                    SecurityError
 
 The key is sent to the base URL's host alone (no redirect is followed) and is cut out of whatever the server says.
 Environment proxies are not used.
@@ -18,28 +21,29 @@ import email.utils
 import random
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Self
 
 import httpx2
 import openai
-from pydantic import BaseModel, Field, ValidationError
 
 from selfplay.errors import JudgeError
+from selfplay.judges.body import MAX_SAID, error_code, read_body
 from selfplay.judges.guard import BodyError, Guard
-from selfplay.judges.journal import Reply
+from selfplay.judges.journal import Failure, Reply
 from selfplay.types import Message
 
-MAX_SAID = 300  # characters of a server's complaint that a note quotes
 MAX_PAUSE = 60.0  # seconds; a Retry-After may be longer
 HOPELESS = {401: "it refuses the key", 402: "it wants to be paid", 403: "it forbids this", 404: "no such model or path"}
+FORBIDDEN = 403
+PASSING = (408, 409, 425, 429)  # and 5xx
 
 
 @dataclass(frozen=True, slots=True)
 class EndpointSettings:
     """Where and how a model is asked. `pause` is the first of the growing pauses between tries; times are seconds. `extra`
-    are further fields of a request; with `logprobs` among them a reply without any is no reply.
+    are further fields of a request; with `logprobs` among them a reply without any is none.
     """
 
     base_url: str
@@ -54,14 +58,6 @@ class EndpointSettings:
     timeout: float = 120.0
     pause: float = 1.0
     extra: Mapping[str, Any] = field(default_factory=dict)
-
-
-class CallError(Exception):
-    """Why one call gave no reply. The first line is the same for the same kind of fault."""
-
-
-class NoReplyError(CallError):
-    """No try got through: the server may be down. Any other CallError is something that a server said."""
 
 
 class _AgainError(Exception):
@@ -90,45 +86,18 @@ class Pacer:
         self._free = max(self._free, until)
 
 
-class _Message(BaseModel):
-    content: str | None = None
-
-
-class _Top(BaseModel):
-    token: str
-    logprob: float
-
-
-class _Token(BaseModel):
-    top_logprobs: list[_Top] = Field(min_length=1)
-
-
-class _Logprobs(BaseModel):
-    content: list[_Token] = Field(min_length=1)
-
-
-class _Choice(BaseModel):
-    message: _Message
-    finish_reason: str | None = None
-    logprobs: Any = None  # read only where they were asked for
-
-
-class _Body(BaseModel):
-    choices: list[_Choice] = Field(min_length=1)
-    usage: Any = None  # servers differ in it, and no verdict shall be lost for that
-
-
 class Endpoint:
     """Asks one model; at most max_concurrency calls run at a time. Lives in one event loop, in an `async with` block.
 
-    `until` is when the stage must be done, in seconds of time.monotonic(): no pause that would end later is begun.
+    `until` is when the stage must be done, in seconds of time.monotonic(): no pause that would end later is begun. `replied`
+    says that the server has replied to this stage before.
     """
 
-    def __init__(self, settings: EndpointSettings, key: str | None, *, until: float) -> None:
+    def __init__(self, settings: EndpointSettings, key: str | None, *, until: float, replied: bool = False) -> None:
         self.settings = settings
-        self.num_retries = 0
         self._key = key
         self._until = until
+        self._replied = replied
         self._free = asyncio.Semaphore(settings.max_concurrency)
         self._pacer = Pacer(settings.requests_per_minute)
         guard = Guard(key)
@@ -144,19 +113,21 @@ class Endpoint:
     ) -> None:
         await self._client.close()
 
-    async def ask(self, messages: Sequence[Message], seed: int) -> Reply:
-        """The model's reply. CallError: this call has none. JudgeError: no call will have one."""
+    async def ask(self, messages: Sequence[Message], seed: int) -> Reply | Failure:
+        """The model's reply, or why there is none. JudgeError: no call will have one."""
         async with self._free:
             for tries in range(1, self.settings.max_retries + 2):
                 await asyncio.sleep(self._pacer.take(time.monotonic()))
                 try:
-                    return await self._call(messages, seed)
+                    found = await self._call(messages, seed)
                 except _AgainError as again:
                     failure = f"{again}, {tries} tries" if tries > 1 else str(again)
                     if tries <= self.settings.max_retries:
-                        self.num_retries += 1
                         await self._rest(tries, again)
-        raise NoReplyError(failure)
+                else:
+                    self._replied |= isinstance(found, Reply)
+                    return replace(found, tries=tries)
+        return Failure(failure, tries=tries)
 
     async def _rest(self, tries: int, again: _AgainError) -> None:
         pause = min(MAX_PAUSE, self.settings.pause * 2 ** (tries - 1)) * random.uniform(0.5, 1)
@@ -171,7 +142,7 @@ class Endpoint:
             )
         await asyncio.sleep(pause)
 
-    async def _call(self, messages: Sequence[Message], seed: int) -> Reply:
+    async def _call(self, messages: Sequence[Message], seed: int) -> Reply | Failure:
         settings = self.settings
         # a lone surrogate has no UTF-8
         turns: Any = [{"role": m.role, "content": m.content.encode(errors="replace").decode()} for m in messages]
@@ -190,58 +161,37 @@ class Endpoint:
         except (TimeoutError, openai.APITimeoutError):
             raise _AgainError(f"no reply within judge.timeout, {settings.timeout:g} s") from None
         except openai.APIStatusError as error:
-            raise self._refusal(error.response) from None
+            return self._refused(error.response.status_code, error.response.headers, error.response.text)
         except openai.APIConnectionError as error:
             raise _AgainError(f"the connection failed ({type(error.__cause__ or error).__name__})") from None
         except BodyError as error:
-            raise CallError(str(error)) from None
-        return self._read(body)
+            if error.status < 300:
+                return Failure(str(error), final=True)
+            return self._refused(error.status, error.headers, str(error))
+        found = read_body(body, self._clean, logprobs="logprobs" in settings.extra)
+        if isinstance(found, Failure) and not found.counted and (code := error_code(body)) is not None:
+            return self._refused(code, raw.headers, body.decode(errors="replace"))
+        return found
 
-    def _refusal(self, response: httpx2.Response) -> Exception:
-        status, said = response.status_code, repr(self._clean(response.text)[:MAX_SAID])
-        if status in HOPELESS:
-            return JudgeError(
+    def _refused(self, status: int, headers: Mapping[str, str], text: str) -> Failure:
+        said = repr(self._clean(text)[:MAX_SAID])
+        if status in HOPELESS and not (status == FORBIDDEN and self._replied):
+            raise JudgeError(
                 f"judge {self.settings.base_url}, model {self.settings.model}: HTTP {status}, {HOPELESS[status]}. "
                 f"Look at judge.base_url, judge.model and judge.api_key_env. The server says {said}"
             )
-        if status in (408, 429) or status >= 500:
-            return _AgainError(f"HTTP {status}", retry_after(response.headers.get("retry-after"), time.time()))
+        if status in PASSING or status >= 500:
+            raise _AgainError(f"HTTP {status}", retry_after(headers.get("retry-after"), time.time()))
         if 300 <= status < 400:
-            return CallError(
+            return Failure(
                 f"the server redirects (HTTP {status}), which is not followed; give the right judge.base_url"
             )
-        return CallError(f"the server refuses the request (HTTP {status})\n{said}")
-
-    def _read(self, body: bytes) -> Reply:
-        try:
-            found = _Body.model_validate_json(body)
-        except ValidationError:
-            shown = self._clean(body[:MAX_SAID].decode(errors="replace"))
-            raise CallError(f"the server's body holds no completion\n{shown!r}") from None
-        choice = found.choices[0]
-        prompt, completion = (_tokens(found.usage, name) for name in ("prompt_tokens", "completion_tokens"))
-        said = self._clean(choice.message.content or "")
-        return Reply(said, choice.finish_reason == "length", prompt, completion, self._top(choice.logprobs))
-
-    def _top(self, logprobs: Any) -> tuple[tuple[str, float], ...]:
-        """The most probable first tokens, where they were asked for."""
-        if "logprobs" not in self.settings.extra:
-            return ()
-        try:
-            first = _Logprobs.model_validate(logprobs).content[0]
-        except ValidationError:
-            raise CallError("the server gives no log-probabilities; take another judge.verdict than labels") from None
-        return tuple((self._clean(one.token), one.logprob) for one in first.top_logprobs)
+        # money or a key may have run out too, with 403
+        return Failure(f"the server refuses the request (HTTP {status})\n{said}", final=status != FORBIDDEN)
 
     def _clean(self, text: str) -> str:
         """What a server says, without the key that it was given."""
         return text.replace(self._key, "[key]") if self._key else text
-
-
-def _tokens(usage: Any, name: str) -> int:
-    """A count of the server's; 0 where it gives none."""
-    count = usage.get(name) if isinstance(usage, dict) else None
-    return count if isinstance(count, int) and count >= 0 else 0
 
 
 def retry_after(value: str | None, now: float) -> float | None:

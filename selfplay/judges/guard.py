@@ -6,7 +6,7 @@ caught.
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 
 import httpx2
 
@@ -19,19 +19,26 @@ SENT = ("host", "connection", "user-agent", "accept", "content-type", "content-l
 
 
 class BodyError(Exception):
-    """A body that is not read to its end."""
+    """A body that is not read to its end, and the status and headers that it came with."""
+
+    def __init__(self, reason: str, status: int, headers: Mapping[str, str]) -> None:
+        super().__init__(reason)
+        self.status = status
+        self.headers = headers
 
 
 class _Capped(httpx2.AsyncByteStream):
-    def __init__(self, stream: httpx2.AsyncByteStream) -> None:
+    def __init__(self, stream: httpx2.AsyncByteStream, status: int, headers: Mapping[str, str]) -> None:
         self._stream = stream
+        self._status = status
+        self._headers = headers
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         size = 0
         async for chunk in self._stream:
             size += len(chunk)
             if size > MAX_BODY:
-                raise BodyError(f"the server's body is larger than {MAX_BODY} bytes")
+                raise BodyError(f"the server's body is larger than {MAX_BODY} bytes", self._status, self._headers)
             yield chunk
 
     async def aclose(self) -> None:
@@ -61,11 +68,13 @@ class Guard(httpx2.AsyncBaseTransport):
         assert isinstance(response.stream, httpx2.AsyncByteStream)
         if response.headers.get("content-encoding", "identity").lower() != "identity":
             await response.aclose()
-            raise BodyError("the server's body is compressed, which was not asked for")
+            raise BodyError(
+                "the server's body is compressed, which was not asked for", response.status_code, response.headers
+            )
         return httpx2.Response(
             response.status_code,
             headers=response.headers,
-            stream=_Capped(response.stream),
+            stream=_Capped(response.stream, response.status_code, response.headers),
             extensions=response.extensions,
         )
 

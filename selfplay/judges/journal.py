@@ -1,9 +1,9 @@
-"""What was paid for is kept as it arrives: an append-only file of replies beside the judgements.
+"""What was paid for is kept as it arrives: an append-only file of what an endpoint said, beside the judgements.
 
-`replies.log` holds one JSON line per reply: the digest of its question, the text, and the tokens that the server counted. A
-line without a reply says that the question got none, after all its tries. A line is synced before the next question's reply
-is used, and half a line, which a kill may leave, is cut off on opening. It is a log and no artifact: its order is that of
-arrival, it has no digest beside it, and what trains is in the judgements.
+`replies.log` holds one JSON line per question that was asked: its digest, and the reply, or why there was none after all its
+tries, each with the tokens that the server counted. A line is synced before the next question's reply is used, and half a
+line, which a kill may leave, is cut off on opening. It is a log and no artifact: its order is that of arrival, it has no digest
+beside it, and what trains is in the judgements.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ USAGE = "usage.json"  # beside it, what the replies cost
 @dataclass(frozen=True, slots=True)
 class Reply:
     """What a model wrote; whether max_tokens cut it; the tokens that the server counted; where they were asked for, the most
-    probable first tokens and their logps (nats).
+    probable first tokens and their logps (nats); how many requests it took.
     """
 
     text: str
@@ -34,26 +34,59 @@ class Reply:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     top: tuple[tuple[str, float], ...] = ()
+    tries: int = 1
+
+    @property
+    def counted(self) -> bool:
+        """Whether the server told of tokens."""
+        return self.prompt_tokens + self.completion_tokens > 0
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a question got no reply; the reason's first line is the same for the same kind of fault. `final` is a refusal: what
+    the server said is about this question, so it would say it again. Else a reply may come another time. A server may have
+    counted tokens nonetheless.
+    """
+
+    reason: str
+    final: bool = False
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    tries: int = 1
+
+    @property
+    def counted(self) -> bool:
+        """Whether the server told of tokens."""
+        return self.prompt_tokens + self.completion_tokens > 0
 
 
 @dataclass(frozen=True, slots=True)
 class _Line:
     key: str
     reply: Reply | None
+    failure: Failure | None = None
 
 
 _LINE = TypeAdapter(_Line)
 
 
 class Journal:
-    """The replies of one stage, in a `with` block; `folder` is that of its judgements, None keeps them in memory alone.
-    `without_reply` counts, by question, how often it was asked in vain.
+    """What was said in one stage, in a `with` block; `folder` is that of its judgements, None keeps it in memory alone.
+
+    By question: `replies`; `refused`, final failures, and which of them no reply of another question came after
+    (`refused_last`); `tried`, how often it was asked in vain. Over all of them: requests sent (`num_calls`), those beyond the
+    first of a question, those whose tokens the server counted, and these tokens.
     """
 
     def __init__(self, folder: Path | None) -> None:
         self.path = None if folder is None else folder / NAME
         self.replies: dict[str, Reply] = {}
-        self.without_reply: Counter[str] = Counter()
+        self.refused: dict[str, Failure] = {}
+        self.refused_last: set[str] = set()
+        self.tried: Counter[str] = Counter()
+        self.num_calls = self.num_retries = self.num_counted = 0
+        self.prompt_tokens = self.completion_tokens = 0
 
     def __enter__(self) -> Self:
         if self.path is not None:
@@ -81,21 +114,30 @@ class Journal:
                 raise StorageError(
                     f"{self.path}:{number}: damaged; delete this line to ask its question again"
                 ) from error
-            self._keep(found)
+            self._keep(found.key, found.reply or found.failure or Failure(""))
         return whole
 
-    def _keep(self, line: _Line) -> None:
-        if line.reply is None:
-            self.without_reply[line.key] += 1
+    def _keep(self, key: str, found: Reply | Failure) -> None:
+        if isinstance(found, Reply):
+            self.replies[key] = found
+            self.refused_last.clear()
         else:
-            self.replies[line.key] = line.reply
+            self.tried[key] += 1
+            if found.final:
+                self.refused[key] = found
+                self.refused_last.add(key)
+        self.num_calls += found.tries
+        self.num_retries += found.tries - 1
+        self.num_counted += found.counted
+        self.prompt_tokens += found.prompt_tokens
+        self.completion_tokens += found.completion_tokens
 
-    def add(self, key: str, reply: Reply | None) -> None:
-        """Keeps a reply, or that there was none; after this it is on the disk."""
-        line = _Line(key, reply)
-        self._keep(line)
+    def add(self, key: str, found: Reply | Failure) -> None:
+        """Keeps what a question got; after this it is on the disk."""
+        self._keep(key, found)
         if self.path is None:
             return
+        line = _Line(key, found, None) if isinstance(found, Reply) else _Line(key, None, found)
         try:
             self._file.write(json.dumps(asdict(line)).encode() + b"\n")
             self._file.flush()

@@ -77,8 +77,12 @@ class Questions:
         return messages if self.system_prompt is None else (Message("system", self.system_prompt), messages[-1])
 
     def seed(self, groups: Sequence[Group], place: Place, n: int, seed: int) -> int:
-        """The seed of verdict `n` of a question: of the prompt and the place in its group, not of the group's place."""
-        return derive_seed(seed, groups[place[0]].prompt.id, *place[1:], n)
+        """The seed of verdict `n` of a question: of the texts that it shows and not of their places, so that drawn verdicts
+        know no order, and equal completions have equal ones.
+        """
+        group, head = groups[place[0]], self.template.head
+        texts = [group.completions[k].text for k in place[1:]]
+        return derive_seed(seed, f"{head.name} v{head.version}", group.prompt.id, *texts, n)
 
     def read(self, said: Sequence[Said]) -> Verdict:
         """The mean of the verdicts that can be read, with a note that lists them all where there were several."""
