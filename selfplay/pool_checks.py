@@ -6,6 +6,7 @@ from pathlib import Path
 
 from selfplay.errors import DataError
 from selfplay.judges.checks import flat
+from selfplay.judges.questions import Questions
 from selfplay.judges.template import load_template
 from selfplay.judges.verifier import check_verifiable
 from selfplay.prompts import PromptPool, check_gold
@@ -55,7 +56,7 @@ def _check_compared(view: SourceView, pool: PromptPool, *, judge_given: bool) ->
 def _compares(judge: OneJudge) -> bool:
     """Whether a judge has no verdict on a prompt without a gold answer."""
     if isinstance(judge, LLMJudgeRecipe | ApiJudgeRecipe):
-        return load_template(judge.template, Path()).needs_gold
+        return Questions(load_template(judge.template, Path()), system_prompt=judge.system_prompt).needs_gold
     if isinstance(judge, VerifierRecipe):
         return any(check["kind"] in ("exact", "numeric") or check.get("match_gold") for check in flat(judge.checks))
     return isinstance(judge, RougeLRecipe | SimilarityRecipe)

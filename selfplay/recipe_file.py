@@ -13,6 +13,7 @@ from selfplay.errors import RecipeError
 from selfplay.recipe import Recipe, SourceRecipe, resolve_path
 from selfplay.recipe_filters import FilterRecipe, PythonFilterRecipe
 from selfplay.recipe_judges import (
+    SHIPPED_TEMPLATES,
     ApiJudgeRecipe,
     CombineRecipe,
     JudgeRecipe,
@@ -274,14 +275,19 @@ def _absolute_judge(judge: Any, folder: Path) -> Any:
         return judge.model_copy(update={"target": _absolute_target(judge.target, folder)})
     if isinstance(judge, LLMJudgeRecipe):
         model = judge.model if judge.model == "policy" else resolve_path(judge.model, folder)
-        return judge.model_copy(update={"model": model, "template": resolve_path(judge.template, folder)})
+        return judge.model_copy(update={"model": model, "template": _absolute_template(judge.template, folder)})
     if isinstance(judge, SimilarityRecipe):
         return judge.model_copy(update={"model": resolve_path(judge.model, folder)})
     if isinstance(judge, ApiJudgeRecipe):
-        return judge.model_copy(update={"template": resolve_path(judge.template, folder)})
+        return judge.model_copy(update={"template": _absolute_template(judge.template, folder)})
     if isinstance(judge, RewardModelRecipe):
         return _absolute_reward_model(judge, folder)
     return judge
+
+
+def _absolute_template(template: str, folder: Path) -> str:
+    """A judge template's file. Of one called as a shipped one, beside the recipe, only a path such as ./safety is the name."""
+    return template if template in SHIPPED_TEMPLATES else str((folder / Path(template).expanduser()).resolve())
 
 
 def _absolute_reward_model(judge: RewardModelRecipe, folder: Path) -> RewardModelRecipe:

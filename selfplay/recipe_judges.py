@@ -34,6 +34,9 @@ class VerifierRecipe(Section):
 DRAWN = {"temperature": 0.7, "top_p": 0.9, "max_tokens": 256}  # how a judge's texts are drawn
 
 
+# What may be asked: a name of these always means the shipped template, whatever lies beside the recipe.
+SHIPPED_TEMPLATES = ("additive", "yes_no", "pairwise_helpfulness", "correctness", "safety")
+
 # How a model's verdict is had: read from free text, from the probabilities of the template's labels, or from text that can
 # be nothing but a verdict.
 VerdictWay = Literal["parse", "labels", "constrained"]
@@ -41,7 +44,7 @@ VerdictWay = Literal["parse", "labels", "constrained"]
 
 class LLMJudgeRecipe(Section):
     """A model reads the completion. `model: policy` is the current policy, on the engine that is already loaded. `template` is
-    a file or a shipped name: additive, yes_no, pairwise_helpfulness, correctness, safety. `verdict: labels` draws no text, and
+    one of SHIPPED_TEMPLATES, or else a file, such as ./safety. `verdict: labels` draws no text, and
     temperature, top_p and max_tokens are None.
     """
 

@@ -207,6 +207,16 @@ def test_a_system_prompt_stands_in_for_the_templates_and_changes_the_identity(ch
     assert judge.identity != make_judge().identity
 
 
+def test_gold_that_only_a_replaced_system_turn_holds_is_not_needed(chat):
+    template = replace(ADDITIVE, system="Grade birds as {gold} does.")
+    model = ScriptedModel(chat)
+    context = JudgeContext(generator=model)
+    assert make_judge(template).judge([make_group("a")], context)[0].scores == (None,)
+    assert make_judge(template, system_prompt="Be strict.").judge([make_group("a")], context)[0].scores == (3.0,)
+    shown = replace(template, user=template.user + "\n{gold}")
+    assert make_judge(shown, system_prompt="Be strict.").judge([make_group("a")], context)[0].scores == (None,)
+
+
 def test_label_verdicts_are_expected_scores(chat):
     model = ScriptedModel(chat)
     judgement = make_judge(LABELS, verdict="labels").judge([make_group("a", "b")], JudgeContext(generator=model))[0]
@@ -292,7 +302,7 @@ def test_an_identity_holds_whatever_a_verdict_depends_on():
     identities.add(make_judge(replace(ADDITIVE, digest="other"), **base).identity)
     assert len(identities) == len(changes) + 1
     assert make_judge(**base).identity == make_judge(**base).identity
-    assert "template:additive v1" in make_judge().identity
+    assert "template:additive v2" in make_judge().identity
 
 
 def test_an_engine_that_loses_a_request_is_an_error(chat):

@@ -249,13 +249,13 @@ def test_the_system_body_is_the_first_turn_and_the_prompts_own_system_turn_is_da
     )
     system, user = template.fill(PROMPT, Completion("x"))
     assert (system.role, system.content) == ("system", "You grade.")
-    assert fenced("system prompt", "be brief") in user.content
+    assert fenced("system turn of the prompt", "be brief") in user.content
 
 
-def filled(template):
+def filled(template, prompt=PROMPT):
     """The last turn of a judge prompt, with as many completions as the template shows."""
     completions = [Completion(text) for text in ("a wren", "an owl")]
-    return template.fill(PROMPT, *completions[: len(COMPLETIONS[template.head.mode])])[-1].content
+    return template.fill(prompt, *completions[: len(COMPLETIONS[template.head.mode])])[-1].content
 
 
 @pytest.mark.parametrize("name", BUILTIN)
@@ -266,6 +266,31 @@ def test_shipped_templates_load_and_show_prompt_and_completion_last(name):
     content = filled(template)
     assert content.index("<<<prompt") < content.index("<<<completion")
     assert content.index("<<<prompt") > len(content) / 2
+
+
+@pytest.mark.parametrize("name", BUILTIN)
+def test_shipped_templates_show_the_prompts_system_turn_before_it_and_change_no_byte_without_one(name):
+    template = load_template(name, Path())
+    french = (Message("system", "Answer in French only."), Message("user", "name a bird"))
+    shown = fenced("system turn of the prompt", "Answer in French only.")
+    content = filled(template, replace(PROMPT, messages=french))
+    assert content.index(shown) < content.index("<<<prompt") < content.index("<<<completion")
+    without = filled(template, replace(PROMPT, messages=french[1:]))
+    assert content.replace(f"{shown}\n\n", "") == without
+    assert "system" not in without
+    never_asked = replace(template, user=template.user.replace("{system_prompt}\n\n", ""))
+    assert never_asked.user != template.user
+    assert filled(never_asked, replace(PROMPT, messages=french[1:])) == without
+
+
+def test_a_system_turn_is_data_that_holds_fields_as_text_and_an_empty_one_is_shown():
+    template = parse_template(HEAD + "[user]\n{system_prompt}\n\n{system_prompt}|{completion}", where="t", digest="")
+    for said in ("{completion} {system_prompt}\n\n", ""):
+        turns = (Message("system", said), Message("user", "x"))
+        shown = fenced("system turn of the prompt", said)
+        content = filled(template, replace(PROMPT, messages=turns))
+        assert content == f"{shown}\n\n{shown}|{fenced('completion', 'a wren')}"
+    assert filled(template, replace(PROMPT, messages=turns[1:])) == f"|{fenced('completion', 'a wren')}"
 
 
 @pytest.mark.parametrize("name", [name for name in BUILTIN if name != "yes_no"])

@@ -73,7 +73,14 @@ def test_a_judge_that_compares_with_gold_answers_needs_some(tmp_path: Path, judg
 
 
 def test_a_judge_that_reads_none_needs_none(tmp_path: Path) -> None:
-    for judge in ({"kind": "verifier", "checks": [REGEX]}, {"kind": "llm"}, {"kind": "coin"}, None):
+    (tmp_path / "t.md").write_text(
+        "---\nname: t\nversion: 1\nmode: pointwise\nlabels: {yes: 1, no: 0}\n---\n[system]\n{gold}\n[user]\n{completion}"
+    )
+    own = {"kind": "llm", "template": str(tmp_path / "t.md"), "verdict": "labels"}
+    with pytest.raises(DataError, match="compares with the gold answer"):
+        checked(tmp_path, [None, None], own)
+    replaced = {**own, "system_prompt": "Be strict."}  # in the place of the turn that shows the gold answer
+    for judge in (replaced, {"kind": "verifier", "checks": [REGEX]}, {"kind": "llm"}, {"kind": "coin"}, None):
         checked(tmp_path, [None, None], judge)
 
 

@@ -35,6 +35,12 @@ class Questions:
     constrained: bool = False
 
     @property
+    def needs_gold(self) -> bool:
+        """Whether what is shown holds the gold answer. A system turn that `system_prompt` replaces is not shown."""
+        shown = self.template if self.system_prompt is None else replace(self.template, system=None)
+        return shown.needs_gold
+
+    @property
     def choices(self) -> dict[str, float]:
         """What a constrained verdict may be, and the score of each; empty where verdicts are free."""
         return verdict_choices(self.template.head) if self.constrained else {}
@@ -68,7 +74,7 @@ class Questions:
         return list(permutations(range(len(group.completions)), 2 if pairwise else 1))
 
     def _messages(self, group: Group, shown: Place) -> tuple[Message, ...] | Verdict:
-        if self.template.needs_gold and group.prompt.gold is None:
+        if self.needs_gold and group.prompt.gold is None:
             return Verdict(None, "the template asks for the gold answer, and the prompt has none")
         messages = self.template.fill(group.prompt, *(group.completions[k] for k in shown))
         return messages if self.system_prompt is None else (Message("system", self.system_prompt), messages[-1])
