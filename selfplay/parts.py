@@ -11,6 +11,7 @@ from selfplay.filters import NamedFilter, Programs, load_programs
 from selfplay.judges import make_judge
 from selfplay.judges.lift import function_identity
 from selfplay.judges.python import own_judge
+from selfplay.judges.win_rate_scale import check_win_rate_scale
 from selfplay.models import for_judge, local_model, open_generator
 from selfplay.panel import HeldOut
 from selfplay.progress import Reporter
@@ -151,6 +152,7 @@ def require_parts(view: SourceView, own: OwnParts) -> None:
     _ = view.prompts.needed_source
     if own.judge is None and own.selector is None:
         view.check_judge_given()
+        check_win_rate_scale(view)
     if own.selector is None:
         view.check_win_rates_given()
 

@@ -15,6 +15,7 @@ from rich.table import Table
 from selfplay.adapters import base_folder
 from selfplay.changes import continued, read_recipe
 from selfplay.errors import DataError
+from selfplay.judges.win_rate_scale import check_win_rate_scale
 from selfplay.models import resolve_auto
 from selfplay.plan_source import SourcePlan, plan_source
 from selfplay.pool_checks import check_pool
@@ -84,6 +85,7 @@ def make_plan(recipe: Recipe, out: Path) -> Plan:
     recipe.for_each(lambda _, view: view.prompts.needed_source)
     recipe.check_judged()
     recipe.check_win_rates()
+    recipe.for_each(lambda _, view: check_win_rate_scale(view))
     check_reward_models(recipe)
     if (out / "recipe.yaml").exists():
         continued(recipe, read_recipe(out), out)
