@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from selfplay.errors import RecipeError
 from selfplay.recipe import Recipe, SourceRecipe, resolve_path
+from selfplay.recipe_chat import ChatRecipe
 from selfplay.recipe_filters import FilterRecipe, PythonFilterRecipe
 from selfplay.recipe_judges import (
     SHIPPED_TEMPLATES,
@@ -224,9 +225,7 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
     if recipe.train.reference_path is not None:
         path = _reference_path(recipe.train.reference_path, folder)
         update["train"] = recipe.train.model_copy(update={"reference": path})
-    template = recipe.chat.chat_template
-    if template is not None and names_template_file(template):
-        update["chat"] = recipe.chat.model_copy(update={"chat_template": str((folder / template).resolve())})
+    update["chat"] = _absolute_chat(recipe.chat, folder)
     return recipe.model_copy(update=update)
 
 
@@ -253,6 +252,12 @@ def _absolute_prompts(prompts: PromptsRecipe, folder: Path) -> PromptsRecipe:
     return prompts.model_copy(update=update)
 
 
+def _absolute_chat(chat: ChatRecipe, folder: Path) -> ChatRecipe:
+    if chat.chat_template is None or not names_template_file(chat.chat_template):
+        return chat
+    return chat.model_copy(update={"chat_template": str((folder / chat.chat_template).resolve())})
+
+
 def names_template_file(chat_template: str) -> bool:
     """Whether a chat_template is the name of a file. A template itself has a Jinja tag, or at least more than one line."""
     return "{" not in chat_template and "\n" not in chat_template
@@ -274,8 +279,12 @@ def _absolute_judge(judge: Any, folder: Path) -> Any:
     if isinstance(judge, PythonJudgeRecipe):
         return judge.model_copy(update={"target": _absolute_target(judge.target, folder)})
     if isinstance(judge, LLMJudgeRecipe):
-        model = judge.model if judge.model == "policy" else resolve_path(judge.model, folder)
-        return judge.model_copy(update={"model": model, "template": _absolute_template(judge.template, folder)})
+        places: dict[str, Any] = {"template": _absolute_template(judge.template, folder)}
+        if judge.model != "policy":
+            places["model"] = resolve_path(judge.model, folder)
+        if judge.chat is not None:
+            places["chat"] = _absolute_chat(judge.chat, folder)
+        return judge.model_copy(update=places)
     if isinstance(judge, SimilarityRecipe):
         return judge.model_copy(update={"model": resolve_path(judge.model, folder)})
     if isinstance(judge, ApiJudgeRecipe):

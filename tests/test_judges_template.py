@@ -83,7 +83,16 @@ PROSE = (  # noqa: SIM905
     "As a language model I don't grade texts.|I cannot give a score.|Sure! Here is the completion you asked for.|"
     "The completion is good. It is relevant, useful and clear."
 ).split("|")
-PROSE += ["**Score: 3", "*Score: 3", "**Score: 3*", "Score\n4", "Score:\n4", '{"score": 4}', "\u5f97\u5206: 4", "Score\uff1a4"]
+PROSE += [
+    "**Score: 3",
+    "*Score: 3",
+    "**Score: 3*",
+    "Score\n4",
+    "Score:\n4",
+    '{"score": 4}',
+    "\u5f97\u5206: 4",
+    "Score\uff1a4",
+]
 ONE_WORD = """
     ? - / /5 N/A n/a NaN nan inf -inf Infinity None null true three Three III 5*5* <total> <n> {score} X A 10/5 6/5
     3/10 3/4 3/0 5/5/5 /3 3/ 6 10 100 -1 -0.5 5.1 5.0000001 1e0 1e999 0x3 3,5 1,000 3.. .5 3.4.5 --3 +-3 3-4 ~3 3ish
@@ -178,7 +187,12 @@ def test_a_choice_has_markup_around_it_alone():
 
 def test_the_words_of_a_line_may_have_markup_between_them_and_never_inside():
     line = ScoreLine(line="* My_final score: <n> of five.", min=0, max=5)
-    for good in ("my_final score: 3 of five.", "My final **score**: 3", "**My_final score:** 3 of five", "* myfinal score: 3"):
+    for good in (
+        "my_final score: 3 of five.",
+        "My final **score**: 3",
+        "**My_final score:** 3 of five",
+        "* myfinal score: 3",
+    ):
         assert line.read(good).score == 3, good
     for bad in ("My_final sc*or*e: 3", "My_final score: 3 of", "My_final score: 3 of five of five"):
         assert line.read(bad).score is None, bad

@@ -22,6 +22,7 @@ ORDER = (
     "targets",
     "recipe_schedule",
     "recipe_reward",
+    "recipe_chat",
     "recipe_judges",
     "recipe_filters",
     "recipe_pairs",

@@ -89,7 +89,9 @@ def rates_checked(judge: dict[str, Any], **pairs: Any) -> None:
 
 @pytest.mark.parametrize("judge", [{"kind": "llm", "template": "safety"}, API], ids=["llm", "api"])
 def test_scores_of_a_template_about_one_completion_are_no_win_rates(tmp_path: Path, judge: dict[str, Any]) -> None:
-    with pytest.raises(RecipeError, match=r"a pairwise template, such as pairwise_helpfulness, or say win_rate_from: order$"):
+    with pytest.raises(
+        RecipeError, match=r"a pairwise template, such as pairwise_helpfulness, or say win_rate_from: order$"
+    ):
         rates_checked(judge)
     both = {"kind": "combine", "how": "min", "judges": [judge, {**judge, "template": "pairwise_helpfulness"}]}
     with pytest.raises(RecipeError, match="win_rate_from: order, or normalize: rank"):

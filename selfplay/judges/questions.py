@@ -16,11 +16,11 @@ from selfplay.errors import RecipeError
 from selfplay.judges.choices import read_choice, verdict_choices
 from selfplay.judges.lift import win_rates
 from selfplay.judges.template import JudgeTemplate
-from selfplay.judges.verdicts import PARSER_VERSION, Verdict
+from selfplay.judges.verdicts import PARSER_VERSION, UNFINISHED, Verdict
 from selfplay.types import Group, Judgement, Message, Sampling, derive_seed
 
 Place = tuple[int, ...]
-Said = tuple[str, bool]  # what a model wrote, and whether max_tokens cut it
+Said = tuple[str | None, bool]  # what a model wrote, None where its thinking has no end, and whether max_tokens cut it
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +85,16 @@ class Questions:
 
     def read(self, said: Sequence[Said]) -> Verdict:
         """The mean of the verdicts that can be read, with a note that lists them all where there were several."""
+        return mean_verdict([self._read(text, cut) for text, cut in said])
+
+    def _read(self, text: str | None, cut: bool) -> Verdict:
+        if text is None:
+            return Verdict(None, UNFINISHED)
         if choices := self.choices:
-            return mean_verdict([read_choice(text, choices, cut=cut) for text, cut in said])
+            return read_choice(text, choices, cut=cut)
         parse = self.template.head.parse
         assert parse is not None  # `check_readable` has seen to it
-        return mean_verdict([parse.read(text, cut=cut) for text, cut in said])
+        return parse.read(text, cut=cut)
 
     def judgements(self, groups: Sequence[Group], verdicts: Mapping[Place, Verdict]) -> list[Judgement]:
         """One judgement per group from the verdict of every place."""

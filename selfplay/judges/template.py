@@ -15,7 +15,7 @@ The verdict is a number, `parse: {line: "Score: <n>", min: 0, max: 5}`, or one o
 <choice>", choices: {correct: 1, incorrect: 0}}`, or it is read from the probabilities of words, `labels: {yes: 1, no: 0}`.
 
 Fields are {prompt}, {completion}, {gold} and {system_prompt}; every other brace is ordinary text. {system_prompt} is the
-system turn of the prompt that is judged, never of the judge's own ([system], or judge.system_prompt): where the prompt has none,
+system turn of the prompt that is judged, never the judge's own ([system], or judge.system_prompt); where the prompt has none,
 the field is gone with the line breaks after it. With `mode: pairwise` {completion_a} and {completion_b} stand in for
 {completion}, and a verdict is the probability that A is the better one.
 Put the rubric first and the fields last: judge prompts then share their beginning, and an engine computes it once.

@@ -14,7 +14,8 @@ from pydantic import Field, model_validator
 
 from selfplay.recipe_values import Section
 
-# Counts changes to how questions are filled in and verdicts are read; part of a judge's identity, so that old judgements aren't reused silently.
+# Counts changes to how questions are filled in and verdicts are read; part of a judge's identity, so that old judgements
+# aren't reused silently.
 PARSER_VERSION = 2
 EXCERPT = 100  # characters of an unreadable verdict that a note quotes
 

@@ -10,8 +10,8 @@ from selfplay.recipe_pairs import WinRatesRecipe
 
 
 def check_win_rate_scale(view: SourceView) -> None:
-    """RecipeError where pairs take the scores of a template about one completion as win rates. Those in [0, 1] would be, silently.
-    `Recipe` itself refuses the kinds of judge that never compare; templates are files, which reading a recipe does not open.
+    """RecipeError where pairs take the scores of a template about one completion as win rates, as they silently would those in
+    [0, 1]. `Recipe` itself refuses judges that never compare; a template is a file, which reading a recipe does not open.
     """
     pairs, judge = view.pairs, view.judge
     if not isinstance(pairs, WinRatesRecipe) or pairs.win_rate_from != "scores" or within_prompts(judge):

@@ -34,14 +34,11 @@ def find(pattern: str, text: str, *, ignore_case: bool, last: bool, seconds: flo
     """The first match of a pattern, or with `last` the last one; None where it is not found. NoVerdictError where that takes
     more than `seconds` of this process's CPU time.
     """
-    compiled, found = _compiled(pattern, ignore_case=ignore_case), None
+    matches = _compiled(pattern, ignore_case=ignore_case).finditer(text, timeout=seconds)
     try:
-        for found in compiled.finditer(text, timeout=seconds):
-            if not last:
-                break
+        return next(reversed(list(matches)), None) if last else next(matches, None)
     except TimeoutError:
         raise NoVerdictError(f"regex: no verdict within {seconds:g} s from the pattern {pattern[:80]!r}") from None
-    return found
 
 
 @functools.lru_cache(maxsize=1024)
