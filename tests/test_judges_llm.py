@@ -142,45 +142,6 @@ def test_a_verdict_cut_by_max_tokens_is_none(chat):
     assert "max_tokens" in judgement.notes[0]
 
 
-CUT_THOUGHT = "It is good.\nScore: 5\nBut wait, it is fal"
-TAGS = ("<think>", "</think>")
-OWN_TAGS = ("<|assistant|>", "<|pad|>")  # special tokens, as some tokenizers call their tags
-
-
-def thinker(*, tags=None, opened=None):
-    """The chat of a model that thinks; `opened` is what its template writes before the model speaks."""
-    template = TEMPLATE.replace("<|assistant|>{% endif %}", f"<|assistant|>{opened or ''}\n{{% endif %}}")
-    return Chat(make_tiny_tokenizer(chat_template=template, added=MARKUP), stop_token_ids=[1], reasoning_tags=tags)
-
-
-@pytest.mark.parametrize(
-    ("tags", "opened"),
-    [(None, False), (None, True), (TAGS, False), (TAGS, True), (OWN_TAGS, False), (OWN_TAGS, True)],
-    ids=["no tags", "no tags, opened", "tags", "tags, opened", "special tags", "special tags, opened"],
-)
-@pytest.mark.parametrize("finish_reason", ["length", "stop"])
-def test_a_verdict_comes_after_the_thinking_and_never_from_it(tags, opened, finish_reason):
-    opening, closing = tags or TAGS
-    said = "" if opened else opening
-    chat = thinker(tags=tags, opened=opening if opened else None)
-    for text, score, note in (
-        (f"{said}{CUT_THOUGHT}", None, "the thinking is not finished"),
-        (f"{said}It is good.\nScore: 5\n{closing}\nScore: 1\nSo it is.", 1.0, ""),
-        (f"{said}It is good.\nScore: 5\n{closing}", None, "the text is empty"),
-    ):
-        model = ScriptedModel(chat, lambda asked, request, text=text: text)
-        model.finish_reason = finish_reason
-        judgement = make_judge().judge([make_group("a")], JudgeContext(generator=model))[0]
-        assert judgement.scores == (score,), text
-        assert judgement.notes[0].startswith(note)
-
-
-def test_a_constrained_verdict_has_no_thinking_whatever_the_template_opens():
-    model = ScriptedModel(thinker(opened="<think>"), lambda text, request: "Score: 1")
-    judge = make_judge(verdict="constrained")
-    assert judge.judge([make_group("a")], JudgeContext(generator=model))[0].scores == (1.0,)
-
-
 def test_seeds_come_from_prompt_place_and_verdict_and_all_differ(chat):
     model = ScriptedModel(chat)
     group = make_group("a", "b")
@@ -247,6 +208,45 @@ def test_a_system_prompt_stands_in_for_the_templates_and_changes_the_identity(ch
         list(model.requests[0].prompt_token_ids)
     )
     assert judge.identity != make_judge().identity
+
+
+CUT_THOUGHT = "It is good.\nScore: 5\nBut wait, it is fal"
+TAGS = ("<think>", "</think>")
+OWN_TAGS = ("<|assistant|>", "<|pad|>")  # special tokens, as some tokenizers call their tags
+
+
+def thinker(*, tags=None, opened=None):
+    """The chat of a model that thinks; `opened` is what its template writes before the model speaks."""
+    template = TEMPLATE.replace("<|assistant|>{% endif %}", f"<|assistant|>{opened or ''}\n{{% endif %}}")
+    return Chat(make_tiny_tokenizer(chat_template=template, added=MARKUP), stop_token_ids=[1], reasoning_tags=tags)
+
+
+@pytest.mark.parametrize(
+    ("tags", "opened"),
+    [(None, False), (None, True), (TAGS, False), (TAGS, True), (OWN_TAGS, False), (OWN_TAGS, True)],
+    ids=["no tags", "no tags, opened", "tags", "tags, opened", "special tags", "special tags, opened"],
+)
+@pytest.mark.parametrize("finish_reason", ["length", "stop"])
+def test_a_verdict_comes_after_the_thinking_and_never_from_it(tags, opened, finish_reason):
+    opening, closing = tags or TAGS
+    said = "" if opened else opening
+    chat = thinker(tags=tags, opened=opening if opened else None)
+    for text, score, note in (
+        (f"{said}{CUT_THOUGHT}", None, "the thinking is not finished"),
+        (f"{said}It is good.\nScore: 5\n{closing}\nScore: 1\nSo it is.", 1.0, ""),
+        (f"{said}It is good.\nScore: 5\n{closing}", None, "the text is empty"),
+    ):
+        model = ScriptedModel(chat, lambda asked, request, text=text: text)
+        model.finish_reason = finish_reason
+        judgement = make_judge().judge([make_group("a")], JudgeContext(generator=model))[0]
+        assert judgement.scores == (score,), text
+        assert judgement.notes[0].startswith(note)
+
+
+def test_a_constrained_verdict_has_no_thinking_whatever_the_template_opens():
+    model = ScriptedModel(thinker(opened="<think>"), lambda text, request: "Score: 1")
+    judge = make_judge(verdict="constrained")
+    assert judge.judge([make_group("a")], JudgeContext(generator=model))[0].scores == (1.0,)
 
 
 def test_gold_that_only_a_replaced_system_turn_holds_is_not_needed(chat):
