@@ -17,7 +17,8 @@ from selfplay.types import Completion, FinishReason, Message, Prompt
 
 # Private-use characters: OPEN, a number and CLOSE stand in for a special token's spelling while the template renders.
 _OPEN, _CLOSE = "\ue000", "\ue001"
-_MARKUP = re.compile(r"<[^\s<>]+>|\[[^\s\[\]]+\]")  # of added tokens; others may be words, or runs of spaces
+# What an added token is called that is markup; others may be words, or runs of spaces. The look-ahead finds markup in markup.
+_MARKUP = re.compile(r"(?=(<[^\s<>]+>|\[[^\s\[\]]+\]))")
 
 
 class Chat:
@@ -49,8 +50,10 @@ class Chat:
         added = tokenizer.added_tokens_decoder
         special = {*tokenizer.all_special_tokens, *(t.content for t in added.values() if t.special)}
         self._special = sorted(special, key=len, reverse=True)
-        self._markup = {token.content: id for id, token in added.items() if _MARKUP.fullmatch(token.content)}
-        self._hidden = sorted({*special, *self._markup}, key=len, reverse=True)
+        self._markup = {
+            t.content: id for id, t in added.items() if (m := _MARKUP.match(t.content)) and m[1] == t.content
+        }
+        self._markup_ids = frozenset(self._markup.values())
         self._opening = self.render((Message("user", "hello"),), add_generation_prompt=True).rstrip()
         self._opens_thinking = reasoning_tags is not None and self.opens_with(reasoning_tags[0])
 
@@ -131,7 +134,10 @@ class Chat:
         reads, spells no markup either.
         """
         texts = [*(m.content for m in messages), *_strings(tools)]
-        spelled = [s for s in (self._hidden if untrusted else self._special) if any(s in text for text in texts)]
+        spelled = [s for s in self._special if any(s in text for text in texts)]
+        if untrusted:  # there may be thousands of such tokens, so the text is searched once
+            marks = self._markup.keys() & {found[1] for text in texts for found in _MARKUP.finditer(text)}
+            spelled = sorted({*spelled, *marks}, key=len, reverse=True)
         if not spelled:
             text = self.render(messages, tools=tools, add_generation_prompt=add_generation_prompt)
             return self._encode(text)
@@ -155,11 +161,13 @@ class Chat:
         """Token ids of an added token's text, in which it is no token. Tokenizers switch off special ones alone, so of other
         markup the first character is encoded by itself.
         """
-        marks = {*self._markup.values()} if token in self._markup else set[int]()
-        first: tuple[int, ...] = ()
-        while not marks.isdisjoint(ids := self._encode(token, as_text=True)):
+        first, ids = tuple[int, ...](), self._encode(token, as_text=True)
+        if token not in self._markup:  # it may be an ordinary word, which stays one
+            return ids
+        while not self._markup_ids.isdisjoint(ids):
             first += self._encode(token[0], as_text=True)
             token = token[1:]
+            ids = self._encode(token, as_text=True)
         return first + ids
 
     def _encode(self, text: str, *, as_text: bool = False) -> tuple[int, ...]:
