@@ -17,6 +17,8 @@ from selfplay.types import Completion, FinishReason, Message, Prompt
 
 # Private-use characters: OPEN, a number and CLOSE stand in for a special token's spelling while the template renders.
 _OPEN, _CLOSE = "\ue000", "\ue001"
+# What an added token is called that is markup; others may be words, or runs of spaces. The look-ahead finds markup in markup.
+_MARKUP = re.compile(r"(?=(<[^\s<>]+>|\[[^\s\[\]]+\]))")
 
 
 class Chat:
@@ -31,11 +33,13 @@ class Chat:
         stop_token_ids: Sequence[int],
         chat_template_kwargs: Mapping[str, Any] | None = None,
         reasoning_tags: tuple[str, str] | None = None,
+        key: str = "chat",
     ) -> None:
+        """`key` is the recipe's section that these come from, for errors."""
         if not tokenizer.chat_template:
             raise DataError(
-                f"{tokenizer.name_or_path}: this tokenizer has no chat template. Give one in the recipe: "
-                "chat.chat_template, as text or as a file beside the recipe"
+                f"{key}.chat_template: the tokenizer of {tokenizer.name_or_path} has no chat template. Give one in the recipe, "
+                "as text or as a file beside it"
             )
         if not stop_token_ids:
             raise DataError(f"{tokenizer.name_or_path}: no end token is known, so no completion could ever end")
@@ -43,13 +47,15 @@ class Chat:
         self.stop_token_ids = tuple(dict.fromkeys(stop_token_ids))
         self.template_kwargs = dict(chat_template_kwargs or {})
         self.reasoning_tags = reasoning_tags
-        special = {
-            *tokenizer.all_special_tokens,
-            *(t.content for t in tokenizer.added_tokens_decoder.values() if t.special),
-        }
+        added = tokenizer.added_tokens_decoder
+        special = {*tokenizer.all_special_tokens, *(t.content for t in added.values() if t.special)}
         self._special = sorted(special, key=len, reverse=True)
-        hello = self.render((Message("user", "hello"),), add_generation_prompt=True)
-        self._opens_thinking = reasoning_tags is not None and hello.rstrip().endswith(reasoning_tags[0])
+        self._markup = {
+            t.content: id for id, t in added.items() if (m := _MARKUP.match(t.content)) and m[1] == t.content
+        }
+        self._markup_ids = frozenset(self._markup.values())
+        self._opening = self.render((Message("user", "hello"),), add_generation_prompt=True).rstrip()
+        self._opens_thinking = reasoning_tags is not None and self.opens_with(reasoning_tags[0])
 
     @classmethod
     def load(
@@ -59,8 +65,9 @@ class Chat:
         chat_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         reasoning_tags: tuple[str, str] | None = None,
+        key: str = "chat",
     ) -> "Chat":
-        """The chat of a model folder or hub id. DataError where it has no tokenizer or no template."""
+        """The chat of a model folder or hub id. DataError where it has no tokenizer or no template; `key` as above."""
         with collection_paused():
             from transformers import AutoTokenizer, GenerationConfig
 
@@ -69,7 +76,7 @@ class Chat:
         except (OSError, ValueError) as error:
             raise DataError(f"{model}: no tokenizer could be loaded ({error})") from error
         if chat_template is not None:
-            tokenizer.chat_template = template_text(chat_template)
+            tokenizer.chat_template = template_text(chat_template, key=f"{key}.chat_template")
         stops: list[int] = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         try:
             declared = GenerationConfig.from_pretrained(model).eos_token_id
@@ -81,7 +88,12 @@ class Chat:
             stop_token_ids=stops,
             chat_template_kwargs=chat_template_kwargs,
             reasoning_tags=reasoning_tags,
+            key=key,
         )
+
+    def opens_with(self, tag: str) -> bool:
+        """Whether the generation prompt ends in `tag`, so that a completion begins behind it."""
+        return self._opening.endswith(tag)
 
     def render(
         self,
@@ -113,10 +125,19 @@ class Chat:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        untrusted: bool = False,
     ) -> tuple[int, ...]:
-        """Token ids of the rendered messages, with exactly the special tokens that the template itself writes."""
+        """Token ids of the rendered messages, with exactly the special tokens that the template itself writes.
+
+        Tokenizers also add tokens that are not special, and text may mean them: runs of spaces, or markup such as </think>,
+        which a policy must learn from gold answers as the one token that it is. What is `untrusted`, as all that a judge
+        reads, spells no markup either.
+        """
         texts = [*(m.content for m in messages), *_strings(tools)]
         spelled = [s for s in self._special if any(s in text for text in texts)]
+        if untrusted:  # there may be thousands of such tokens, so the text is searched once
+            marks = self._markup.keys() & {found[1] for text in texts for found in _MARKUP.finditer(text)}
+            spelled = sorted({*spelled, *marks}, key=len, reverse=True)
         if not spelled:
             text = self.render(messages, tools=tools, add_generation_prompt=add_generation_prompt)
             return self._encode(text)
@@ -133,8 +154,21 @@ class Chat:
         text = self.render(hidden, tools=_mapped(tools, hide), add_generation_prompt=add_generation_prompt)
         ids: list[int] = []
         for place, part in enumerate(re.split(f"{start}([0-9]+){_CLOSE}", text)):  # odd places are the numbers
-            ids += self._encode(spelled[int(part)], as_text=True) if place % 2 else self._encode(part)
+            ids += self._spell(spelled[int(part)]) if place % 2 else self._encode(part)
         return tuple(ids)
+
+    def _spell(self, token: str) -> tuple[int, ...]:
+        """Token ids of an added token's text, in which it is no token. Tokenizers switch off special ones alone, so of other
+        markup the first character is encoded by itself.
+        """
+        first, ids = tuple[int, ...](), self._encode(token, as_text=True)
+        if token not in self._markup:  # it may be an ordinary word, which stays one
+            return ids
+        while not self._markup_ids.isdisjoint(ids):
+            first += self._encode(token[0], as_text=True)
+            token = token[1:]
+            ids = self._encode(token, as_text=True)
+        return first + ids
 
     def _encode(self, text: str, *, as_text: bool = False) -> tuple[int, ...]:
         ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=as_text, return_attention_mask=False)
@@ -182,11 +216,22 @@ class Chat:
         stop: Sequence[str] = (),
     ) -> Completion:
         """A sampled completion with the text that judges see; the ids stay as they are."""
-        text = self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = self.decode(token_ids, keep=self.reasoning_tags or ())
         cuts = [text.index(s) for s in stop if s in text]
         text = text[: min(cuts)] if cuts else text
         text, reasoning = self._split_reasoning(text)
         return Completion(text.strip(), tuple(token_ids), tuple(logps), finish_reason, stop_reason, reasoning)
+
+    def decode(self, token_ids: Sequence[int], *, keep: Sequence[str] = ()) -> str:
+        """The text of token ids without special tokens, but with those that `keep` spells: some tokenizers call the tags
+        around a model's thoughts special.
+        """
+        kept = [tag for tag in keep if tag in self._special]
+        if kept:
+            hidden = {*self.tokenizer.convert_tokens_to_ids([token for token in self._special if token not in kept])}
+            token_ids = [id for id in token_ids if id not in hidden]
+        text = self.tokenizer.decode(list(token_ids), skip_special_tokens=not kept, clean_up_tokenization_spaces=False)
+        return cast(str, text)
 
     def _split_reasoning(self, text: str) -> tuple[str, str | None]:
         """(what is shown, the thinking); unfinished thinking leaves an empty text, which no pair takes."""

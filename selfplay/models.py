@@ -11,7 +11,8 @@ from selfplay.adapters import adapter_rank, base_folder, is_adapter
 from selfplay.chat import Chat
 from selfplay.collection import collection_paused
 from selfplay.errors import DataError, RecipeError
-from selfplay.recipe import ChatRecipe, GeneratorRecipe, Recipe
+from selfplay.recipe import GeneratorRecipe, Recipe
+from selfplay.recipe_chat import ChatRecipe
 
 
 def local_model(model: str, revision: str | None = None) -> Path:
@@ -101,14 +102,15 @@ def computes_bf16() -> bool:
     return cpu_computes_bf16()
 
 
-def load_chat(model: str, recipe: ChatRecipe) -> Chat:
-    """The chat of a model with a recipe's overrides."""
+def load_chat(model: str, recipe: ChatRecipe, *, key: str = "chat") -> Chat:
+    """The chat of a model with a recipe's overrides; errors name the section `key`."""
     tags = (recipe.reasoning_tags[0], recipe.reasoning_tags[1]) if recipe.reasoning_tags else None
     return Chat.load(
         model,
         chat_template=recipe.chat_template,
         chat_template_kwargs=recipe.chat_template_kwargs,
         reasoning_tags=tags,
+        key=key,
     )
 
 

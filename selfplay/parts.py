@@ -11,7 +11,8 @@ from selfplay.filters import NamedFilter, Programs, load_programs
 from selfplay.judges import make_judge
 from selfplay.judges.lift import function_identity
 from selfplay.judges.python import own_judge
-from selfplay.models import for_judge, local_model, open_generator
+from selfplay.judges.win_rate_scale import check_win_rate_scale
+from selfplay.models import for_judge, open_generator
 from selfplay.panel import HeldOut
 from selfplay.progress import Reporter
 from selfplay.prompts import PromptPool
@@ -94,7 +95,10 @@ def open_sources(
         if asked is None:
             return None
         return make_judge(
-            asked, allow_code=allow_code, open_model=lambda model: open_judge_model(recipe, model), made=made
+            asked,
+            allow_code=allow_code,
+            open_model=lambda folder, chat: open_judge_model(recipe, folder, chat),
+            made=made,
         )
 
     def opened_for_panel(view: SourceView) -> Judge | None:
@@ -151,6 +155,7 @@ def require_parts(view: SourceView, own: OwnParts) -> None:
     _ = view.prompts.needed_source
     if own.judge is None and own.selector is None:
         view.check_judge_given()
+        check_win_rate_scale(view)
     if own.selector is None:
         view.check_win_rates_given()
 
@@ -162,7 +167,6 @@ def note_drops(pools: Mapping[str, PromptPool], report: Reporter) -> None:
             report.note(f"{_prompts_of(name)}: {line}")
 
 
-def open_judge_model(recipe: Recipe, model: str) -> Any:
+def open_judge_model(recipe: Recipe, folder: Path, chat: Chat) -> Any:
     """A generator of a judge's own model, on the same kind of engine."""
-    folder = local_model(model)
-    return open_generator(for_judge(recipe.generator, folder), folder, Chat.load(str(folder)), seed=recipe.seed)
+    return open_generator(for_judge(recipe.generator, folder), folder, chat, seed=recipe.seed)

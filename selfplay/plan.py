@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from selfplay.changes import continued, read_recipe
+from selfplay.judges.win_rate_scale import check_win_rate_scale
 from selfplay.models import resolve_auto
 from selfplay.plan_machine import this_machine
 from selfplay.plan_memory import Phase, memory_lines, not_known, phases
@@ -85,6 +86,7 @@ def make_plan(recipe: Recipe, out: Path, devices: Devices | None = None) -> Plan
     recipe.for_each(lambda _, view: view.prompts.needed_source)
     recipe.check_judged()
     recipe.check_win_rates()
+    recipe.for_each(lambda _, view: check_win_rate_scale(view))
     check_reward_models(recipe)
     if (out / "recipe.yaml").exists():
         continued(recipe, read_recipe(out), out)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from selfplay.errors import DataError, RecipeError
 from selfplay.judges.checks import flat
+from selfplay.judges.questions import Questions
 from selfplay.judges.template import load_template
 from selfplay.judges.verifier import check_prompts, check_verifiable
 from selfplay.labelled import labelled_rows
@@ -79,7 +80,7 @@ def check_calibration(view: SourceView, *, judge_given: bool = False) -> None:
 def _compares(judge: OneJudge) -> bool:
     """Whether a judge has no verdict on a prompt without a gold answer."""
     if isinstance(judge, LLMJudgeRecipe | ApiJudgeRecipe):
-        return load_template(judge.template, Path()).needs_gold
+        return Questions(load_template(judge.template, Path()), system_prompt=judge.system_prompt).needs_gold
     if isinstance(judge, VerifierRecipe):
         return any(check["kind"] in ("exact", "numeric") or check.get("match_gold") for check in flat(judge.checks))
     return isinstance(judge, RougeLRecipe | SimilarityRecipe)

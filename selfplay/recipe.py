@@ -26,6 +26,7 @@ from pydantic import (
 
 from selfplay.errors import RecipeError, SelfplayError
 from selfplay.recipe_audit import DEFAULT_CANARIES, MODEL_KINDS, AuditRecipe, SourceAuditRecipe
+from selfplay.recipe_chat import ChatRecipe
 from selfplay.recipe_judges import CombineRecipe, JudgeRecipe, asks_policy, judges_in, within_prompts
 from selfplay.recipe_pairs import (
     BestVsWorstRecipe,
@@ -50,14 +51,6 @@ from selfplay.recipe_values import (
 POINTWISE_KINDS = ("verifier", "rouge_l", "similarity", "reward_model", "coin")  # their scores are no win rates
 Temperature = Annotated[float, Field(ge=0, le=2)]  # engines refuse more
 SourceName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]  # a folder is named so, on every file system
-
-
-class ChatRecipe(Section):
-    """How messages become tokens, where the model's own chat template is missing or needs arguments."""
-
-    chat_template: str | None = None
-    chat_template_kwargs: dict[str, Any] = {}
-    reasoning_tags: Annotated[list[str], Field(min_length=2, max_length=2)] | None = None
 
 
 class GeneratorRecipe(Section):

@@ -11,8 +11,10 @@ from pydantic import BaseModel, ValidationError
 
 from selfplay.errors import RecipeError
 from selfplay.recipe import Recipe, SourceRecipe, resolve_path
+from selfplay.recipe_chat import ChatRecipe
 from selfplay.recipe_filters import FilterRecipe, PythonFilterRecipe
 from selfplay.recipe_judges import (
+    SHIPPED_TEMPLATES,
     ApiJudgeRecipe,
     CombineRecipe,
     JudgeRecipe,
@@ -225,9 +227,7 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
     if recipe.train.reference_path is not None:
         path = _reference_path(recipe.train.reference_path, folder)
         update["train"] = recipe.train.model_copy(update={"reference": path})
-    template = recipe.chat.chat_template
-    if template is not None and names_template_file(template):
-        update["chat"] = recipe.chat.model_copy(update={"chat_template": str((folder / template).resolve())})
+    update["chat"] = _absolute_chat(recipe.chat, folder)
     return recipe.model_copy(update=update)
 
 
@@ -257,6 +257,12 @@ def _absolute_prompts(prompts: PromptsRecipe, folder: Path) -> PromptsRecipe:
     return prompts.model_copy(update=update)
 
 
+def _absolute_chat(chat: ChatRecipe, folder: Path) -> ChatRecipe:
+    if chat.chat_template is None or not names_template_file(chat.chat_template):
+        return chat
+    return chat.model_copy(update={"chat_template": str((folder / chat.chat_template).resolve())})
+
+
 def names_template_file(chat_template: str) -> bool:
     """Whether a chat_template is the name of a file. A template itself has a Jinja tag, or at least more than one line."""
     return "{" not in chat_template and "\n" not in chat_template
@@ -278,15 +284,24 @@ def _absolute_judge(judge: Any, folder: Path) -> Any:
     if isinstance(judge, PythonJudgeRecipe):
         return judge.model_copy(update={"target": _absolute_target(judge.target, folder)})
     if isinstance(judge, LLMJudgeRecipe):
-        model = judge.model if judge.model == "policy" else _model_path(judge.model, judge.model_revision, folder)
-        return judge.model_copy(update={"model": model, "template": resolve_path(judge.template, folder)})
+        places: dict[str, Any] = {"template": _absolute_template(judge.template, folder)}
+        if judge.model != "policy":
+            places["model"] = _model_path(judge.model, judge.model_revision, folder)
+        if judge.chat is not None:
+            places["chat"] = _absolute_chat(judge.chat, folder)
+        return judge.model_copy(update=places)
     if isinstance(judge, SimilarityRecipe):
         return judge.model_copy(update={"model": resolve_path(judge.model, folder)})
     if isinstance(judge, ApiJudgeRecipe):
-        return judge.model_copy(update={"template": resolve_path(judge.template, folder)})
+        return judge.model_copy(update={"template": _absolute_template(judge.template, folder)})
     if isinstance(judge, RewardModelRecipe):
         return _absolute_reward_model(judge, folder)
     return judge
+
+
+def _absolute_template(template: str, folder: Path) -> str:
+    """A judge template's file. Of one called as a shipped one, beside the recipe, only a path such as ./safety is the name."""
+    return template if template in SHIPPED_TEMPLATES else str((folder / Path(template).expanduser()).resolve())
 
 
 def _absolute_reward_model(judge: RewardModelRecipe, folder: Path) -> RewardModelRecipe:

@@ -15,6 +15,7 @@ from pydantic import (
     model_validator,
 )
 
+from selfplay.recipe_chat import ChatRecipe
 from selfplay.recipe_reward import RewardModelRecipe
 from selfplay.recipe_values import Revision, Section, TopP, check_revision
 
@@ -34,21 +35,25 @@ class VerifierRecipe(Section):
 DRAWN = {"temperature": 0.7, "top_p": 0.9, "max_tokens": 256}  # how a judge's texts are drawn
 
 
+# What may be asked: a name of these always means the shipped template, whatever lies beside the recipe.
+SHIPPED_TEMPLATES = ("additive", "yes_no", "pairwise_helpfulness", "correctness", "safety")
+
 # How a model's verdict is had: read from free text, from the probabilities of the template's labels, or from text that can
 # be nothing but a verdict.
 VerdictWay = Literal["parse", "labels", "constrained"]
 
 
 class LLMJudgeRecipe(Section):
-    """A model reads the completion. `model: policy` is the current policy, on the engine that is already loaded;
-    `model_revision` is of a hub id. `template` is
-    a file or a shipped name: additive, yes_no, pairwise_helpfulness, correctness, safety. `verdict: labels` draws no text, and
-    temperature, top_p and max_tokens are None.
+    """A model reads the completion. `model: policy` is the current policy, on the engine that is already loaded; of any other
+    model `chat` says how messages become tokens, as the recipe's own section `chat` does of the policy, and of a hub id
+    `model_revision` which version. `template` is one of SHIPPED_TEMPLATES, or else a file, such as ./safety. `verdict: labels`
+    draws no text, and temperature, top_p and max_tokens are None.
     """
 
     kind: Literal["llm"]
     model: str = "policy"
     model_revision: Revision | None = None
+    chat: ChatRecipe | None = None
     template: str = "additive"
     system_prompt: str | None = None
     verdict: VerdictWay = "parse"
@@ -56,6 +61,14 @@ class LLMJudgeRecipe(Section):
     temperature: NonNegativeFloat | None = None
     top_p: TopP | None = None
     max_tokens: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _own_chat(self) -> "LLMJudgeRecipe":
+        if self.chat is not None and self.model == "policy":
+            raise ValueError(
+                "chat is of a judge model of its own; how the policy is asked stands in the recipe's section chat"
+            )
+        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -173,7 +186,7 @@ class ApiJudgeRecipe(Section):
 
 
 # Where things lie that have their content in the judge's identity.
-JUDGE_PLACES = ("target", "template", "model", "model_revision", "chat_template")
+JUDGE_PLACES = ("target", "template", "model", "model_revision", "chat_template", "chat.chat_template")
 
 # What may change on a run that goes on: when and how often is asked, never what. `timeout` is also a python judge's.
 API_CONDUCT = (

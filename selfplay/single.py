@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from selfplay import store
+from selfplay.chat import Chat
 from selfplay.errors import DataError, RecipeError
 from selfplay.judges import make_judge
 from selfplay.lazy_prompts import json_list
@@ -211,7 +212,7 @@ def open_judge(recipe: Recipe, asked: JudgeRecipe, *, allow_code: bool, made: di
     that were made with it: equal ones are one.
     """
 
-    def open_model(model: str) -> Any:
-        return open_judge_model(resolve_auto(recipe), model)
+    def open_model(folder: Path, chat: Chat) -> Any:
+        return open_judge_model(resolve_auto(recipe), folder, chat)
 
     return make_judge(asked, allow_code=allow_code, open_model=open_model, made=made)

@@ -11,6 +11,7 @@ from selfplay import store
 from selfplay.accounting import row_counts
 from selfplay.errors import DataError, RecipeError, StorageError
 from selfplay.filters import load_programs, make_filters
+from selfplay.judges.win_rate_scale import check_win_rate_scale
 from selfplay.pairing import Pairing, make_pairs
 from selfplay.pairs import make_selector
 from selfplay.protocols import FilterContext
@@ -38,6 +39,7 @@ def pairs(recipe: Recipe, inputs: PairInputs, out: Path, *, allow_code: bool) ->
     each source, by its name (see `row_counts`).
     """
     _require_read(recipe, inputs)
+    recipe.for_each(lambda _, view: check_win_rate_scale(view))
     shards = source_shards(recipe, inputs.groups, inputs.round)
     pairings = {
         name: _pairing(name, view, shards[name], inputs, allow_code=allow_code)

@@ -1,5 +1,6 @@
 """Tiny reward models with random heads, and groups for them to judge."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,14 @@ def make_reward_model(
     pad: str | None = "<|pad|>",
     chat_template: str | None = TEMPLATE,
     padding_side: str = "right",
+    added: Sequence[str] = (),
     **config: Any,
 ) -> Path:
     """A classifier with a random head in fp32. `pad` is the token that the config names, None for none."""
     import torch
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    tokenizer = make_tiny_tokenizer(chat_template=chat_template)
+    tokenizer = make_tiny_tokenizer(chat_template=chat_template, added=added)
     tokenizer.padding_side = padding_side
     ids = {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 1}
     ids["pad_token_id"] = None if pad is None else tokenizer.convert_tokens_to_ids(pad)

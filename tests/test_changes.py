@@ -61,6 +61,11 @@ OPEN = {
         recipe(judge={"kind": "reward_model", "model": "a"}),
         recipe(model_revision="v1", judge={"kind": "reward_model", "model": "a", "model_revision": "v2"}),
     ),
+    "where the template of a judge's own model lies": (
+        [POLICY_0],
+        recipe(judge={"kind": "llm", "model": "a", "chat": {"chat_template": "x.jinja"}}),
+        recipe(judge={"kind": "llm", "model": "b", "chat": {"chat_template": "y.jinja"}}),
+    ),
     "the bound of the audit": ([POLICY_0], train(), train(max_audit_difference=0.5)),
     "how much of a machine vLLM takes": (
         [ROUND_0],

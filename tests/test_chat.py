@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import BOS, END, SPECIAL, TEMPLATE, make_tiny_model, make_tiny_tokenizer
+from tiny import BOS, END, MARKUP, ORDINARY, SPECIAL, TEMPLATE, make_tiny_model, make_tiny_tokenizer
 
 from selfplay.chat import Chat
 from selfplay.errors import DataError
@@ -108,6 +108,41 @@ def test_several_different_special_tokens_in_one_message_are_all_text() -> None:
     ids = CHAT.encode_prompt(prompt_of(content))
     assert specials(ids) == [0, 4, 1, 5]
     assert content in CHAT.tokenizer.decode(ids)
+
+
+MARKED = Chat(make_tiny_tokenizer(added=(*MARKUP, *ORDINARY)), stop_token_ids=[1])
+ADDED = MARKED.tokenizer.added_tokens_decoder
+MARKUP_IDS = {id for id, token in ADDED.items() if token.content in MARKUP}
+
+
+def as_trained(*contents: str) -> tuple[int, ...]:
+    """The ids that the tokenizer itself gives to the rendered turns."""
+    text = MARKED.render(prompt_of(*contents).messages, add_generation_prompt=True)
+    return tuple(MARKED.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+@given(st.lists(st.sampled_from([*ORDINARY, "th", "e", " ", "<", "b>", "a wren", "1 < 2 > 0", "x[0]"]), max_size=8))
+def test_ordinary_text_has_the_tokens_that_it_always_had_trusted_or_not(pieces: list[str]) -> None:
+    messages, wanted = prompt_of("".join(pieces)).messages, as_trained("".join(pieces))
+    assert MARKED.encode_messages(messages) == MARKED.encode_messages(messages, untrusted=True) == wanted
+
+
+@given(st.lists(st.sampled_from([*SPECIAL, *MARKUP, *ORDINARY, "x", "<", "INST]>"]), max_size=6).map("".join))
+def test_markup_in_untrusted_text_stays_text(content: str) -> None:
+    messages = prompt_of(content).messages
+    ids = MARKED.encode_messages(messages, untrusted=True)
+    assert MARKUP_IDS.isdisjoint(ids)
+    assert specials(ids) == [0, 4, 1, 5]
+    assert content in MARKED.tokenizer.decode(ids)
+
+
+def test_a_policy_learns_markup_as_the_tokens_that_it_is() -> None:
+    thought = "<think>so</think>yes"
+    ids = MARKED.encode_completion(prompt_of("hi"), thought)
+    assert [ADDED[i].content for i in ids if i in MARKUP_IDS] == ["<think>", "</think>"]
+    assert (
+        as_trained("hi", thought, "and?")[: len(MARKED.encode_prompt(prompt_of("hi"))) + len(ids)][-len(ids) :] == ids
+    )
 
 
 def test_tools_are_rendered() -> None:
@@ -215,10 +250,18 @@ def test_finished_thinking_is_split_off_and_unfinished_thinking_leaves_no_text()
     assert sampled(opened, "so and so") == ("", "so and so")
 
 
+def test_tags_that_are_special_tokens_are_seen_and_no_other_is_shown() -> None:
+    chat = made(reasoning_tags=("<|system|>", "<|pad|>"))
+    assert sampled(chat, "<|system|>so<|user|><|pad|>\nyes<|user|>") == ("yes", "so")
+    assert sampled(chat, "<|system|>so and so") == ("", "<|system|>so and so")
+
+
 def test_a_model_without_a_template_is_refused_unless_the_recipe_gives_one(tmp_path: Path) -> None:
     folder = make_tiny_model(tmp_path / "base", chat_template=None)
-    with pytest.raises(DataError, match=r"chat\.chat_template"):
+    with pytest.raises(DataError, match=r"^chat\.chat_template: the tokenizer of .*base has no chat template"):
         Chat.load(str(folder))
+    with pytest.raises(DataError, match=r"^judge\.chat\.chat_template: "):
+        Chat.load(str(folder), key="judge.chat")
     file = tmp_path / "template.jinja"
     file.write_text(TEMPLATE)
     wanted = CHAT.encode_prompt(prompt_of("hi"))

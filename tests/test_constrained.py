@@ -210,6 +210,28 @@ def test_a_text_that_is_no_choice_is_none_with_a_note(text: str, score: float | 
     assert "max_tokens" in read_choice("Scor", {"Score: 1": 1.0}, cut=True).note
 
 
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        ("Score: 1", None),
+        (" Score: 1", None),
+        ("Score: 1\n", 1.0),
+        ("Score: 10", 10.0),
+        ("Score: 2", 2.0),
+        ('{"verdict": "Score: 1"}', 1.0),
+        ('{"verdict": "Score: 1', None),
+        ("", None),
+    ],
+    ids=repr,
+)
+def test_a_cut_text_that_another_choice_begins_with_is_none(text: str, score: float | None) -> None:
+    choices = {"Score: 1": 1.0, "Score: 10": 10.0, "Score: 2": 2.0}
+    found = read_choice(text, choices, cut=True)
+    assert found.score == score
+    assert score is not None or "max_tokens cut the verdict" in found.note
+    assert read_choice("Score: 1", choices, cut=False).score == 1.0
+
+
 def api_judge(url: str, **fields: Any) -> ApiJudge:
     recipe = ApiJudgeRecipe.model_validate({"kind": "api", "base_url": url, "model": "m", "max_retries": 0} | fields)
     return ApiJudge(template_of(SCALE), recipe, pause=0.001)

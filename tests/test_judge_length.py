@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from tiny import make_tiny_model
 
+from selfplay.chat import Chat
 from selfplay.parts import open_judge_model
 from selfplay.recipe_file import check_recipe
 
@@ -15,5 +16,5 @@ def test_the_length_of_the_policys_engine_is_cut_to_the_judges_own(
 ) -> None:
     model = make_tiny_model(tmp_path / "judge", max_position_embeddings=128)
     recipe = check_recipe({"model": "m", "generator": {"kind": "transformers", "max_model_len": asked}}, "test")
-    with open_judge_model(recipe, str(model)) as generator:
+    with open_judge_model(recipe, model, Chat.load(str(model))) as generator:
         assert generator.max_model_len == found

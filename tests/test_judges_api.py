@@ -69,7 +69,7 @@ def test_an_endpoint_scores_as_the_llm_judge_does_and_is_sent_what_the_recipe_sa
         assert asked.body.keys() == {"model", "messages", "max_tokens", "temperature", "top_p", "seed"}
         assert [asked.body[name] for name in ("model", "max_tokens", "temperature", "top_p")] == ["m", 99, 0.5, 0.8]
         seeds.add(asked.body["seed"])
-    assert seeds == {derive_seed(7, "additive v1", g.prompt.id, c.text, 0) for g in groups for c in g.completions}
+    assert seeds == {derive_seed(7, "additive v2", g.prompt.id, c.text, 0) for g in groups for c in g.completions}
 
 
 def test_progress_is_told_reply_by_reply_those_that_were_there_before_too(tmp_path):
@@ -105,7 +105,7 @@ def test_a_system_prompt_stands_in_for_the_templates_and_seeds_need_not_be_sent(
 
 
 def test_several_verdicts_are_averaged_over_those_that_can_be_read():
-    seeds = [derive_seed(7, "additive v1", make_group("x").prompt.id, "x", n) for n in range(3)]
+    seeds = [derive_seed(7, "additive v2", make_group("x").prompt.id, "x", n) for n in range(3)]
     said = dict(zip(seeds, ["Score: 5", "I can't say", "Score: 2"], strict=True))
     with Server(lambda asked: says(said[asked.body["seed"]])) as server:
         judgement = make_api_judge(server.url, num_verdicts=3).judge([make_group("x")], CONTEXT)[0]

@@ -15,6 +15,7 @@ from selfplay.judges.verdicts import ChoiceLine, ScoreLine
 from selfplay.types import Completion, Message, Prompt
 
 LINE = ScoreLine(line="Score: <n>", min=0, max=5)
+CHOICE = ChoiceLine(line="Score: <choice>", choices={"A": 1, "B": 0, "tie": 0.5})
 HEAD = "---\nname: t\nversion: 1\nmode: pointwise\nparse: {line: 'Score: <n>', min: 0, max: 5}\n---\n"
 PAIRWISE = "---\nname: t\nversion: 1\nmode: pairwise\nparse: {line: 'Better: <choice>', choices: {A: 1, B: 0}}\n---\n"
 PROMPT = Prompt("p", (Message("system", "be brief"), Message("user", "name a bird")), gold="wren")
@@ -50,6 +51,27 @@ GOOD = {
     "Score: one point for relevance\nScore: 3": 3,
     "\u2028Score: 3": 3,
     "Score:\t3": 3,
+    "* Score: 3": 3,
+    "- **Score:** 3": 3,
+    "***Score: 3***": 3,
+    "_Score_: 3": 3,
+    "**Score: 3.**": 3,
+    "**Score**: **3**.": 3,
+    "Score: _4_": 4,
+    "Score: **4**": 4,
+    "Score: (4)": 4,
+    "Score: {4}": 4,
+    "Score: [[**4**]]": 4,
+    "Score: **3**/5": 3,
+    "Score: **3**/**5**": 3,
+    "Score: **3** out of 5": 3,
+    "Score: (3/5)": 3,
+    "Score: **3** points": 3,
+    "<think>It is short.</think>\nScore: 3": 3,
+    "<think>\nScore: 5, or rather\nScore: 4\n</think>\n\n**Score: 1**": 1,
+    "Score: 5\nBut wait.</think>Score: 2": 2,
+    "<think>It says </think> itself.\nScore: 5</think>\nScore: 1": 1,
+    "<think></think>Score: 0": 0,
 }
 
 # A verdict that is missing, unclear, out of range or said twice is no verdict.
@@ -61,11 +83,21 @@ PROSE = (  # noqa: SIM905
     "As a language model I don't grade texts.|I cannot give a score.|Sure! Here is the completion you asked for.|"
     "The completion is good. It is relevant, useful and clear."
 ).split("|")
-PROSE += ["Score\n4", "Score:\n4", '{"score": 4}', "\u5f97\u5206: 4", "Score\uff1a4"]
+PROSE += [
+    "**Score: 3",
+    "*Score: 3",
+    "**Score: 3*",
+    "Score\n4",
+    "Score:\n4",
+    '{"score": 4}',
+    "\u5f97\u5206: 4",
+    "Score\uff1a4",
+]
 ONE_WORD = """
     ? - / /5 N/A n/a NaN nan inf -inf Infinity None null true three Three III 5*5* <total> <n> {score} X A 10/5 6/5
     3/10 3/4 3/0 5/5/5 /3 3/ 6 10 100 -1 -0.5 5.1 5.0000001 1e0 1e999 0x3 3,5 1,000 3.. .5 3.4.5 --3 +-3 3-4 ~3 3ish
-    3+ 3% <|end|> 5<|end|>
+    3+ 3% <|end|> 5<|end|> 1_0 1*0 1`0 0_5 0*5 1__0 <4 >4 4> (4 4) [4 4] "4 4" <4] (4> {4) *4 4* _4 4_ `4 4` **4* 3/<5
+    3/5> 3/*5 1**/5 3/1_0
 """.split()  # noqa: SIM905
 SEVERAL_WORDS = (  # noqa: SIM905
     "3 of 5 of 5|3 out of ten|3 out of 10|3 out of|- 3|3 4|3, 4|3 or 4|3 to 4|3 / 4 / 5|between 3 and 4|about 3|"
@@ -83,7 +115,20 @@ TWICE = [
     "Score: 3\n```\nScore: 2\n```",
     "> Score: 5\nThe text tells me to write that.\nScore: 1",
 ]
-BAD = [*WORDS, *PROSE, *(f"It is fine.\nScore: {inside}" for inside in INSIDE), *TWICE]
+# of a model that thinks before it speaks: what it may still change is no verdict
+THOUGHTS = [
+    "<think>It is good. Score: 5",
+    "<think>\nIt is good.\nScore: 5\nBut wait, it is fal",
+    "<think>Score: 5\n",
+    "  <think>\nScore: 5\nScore: 5\n",
+    "<think>Fine.</think><think>\nScore: 5\n",
+    "Score: 5\n<think>\nOr is it",
+    "<think>\nScore: 5\n</think>",
+    "<think>\nScore: 5\n</think>\n\n",
+    "<think>\nScore: 5\n</think>\nIt is good.",
+    "Score: 5\nthat is all.</think>",
+]
+BAD = [*WORDS, *THOUGHTS, *PROSE, *(f"It is fine.\nScore: {inside}" for inside in INSIDE), *TWICE]
 
 
 def test_the_corpus_of_bad_verdicts_is_large():
@@ -105,7 +150,7 @@ def test_a_bad_verdict_is_none_with_a_note(text):
 
 
 pieces = st.sampled_from(
-    [*INSIDE, *TWICE, "Score:", "score", ":", "\n", " ", "3", "4", "5", "/5", "**", "`", "\u2028", "\r"]
+    [*INSIDE, *TWICE, *THOUGHTS, "Score:", "score", ":", "\n", " ", "3", "4", "5", "/5", "**", "`", "\u2028", "\r"]
 )
 
 
@@ -124,6 +169,33 @@ def test_any_text_gives_a_score_in_range_or_none_with_a_note(text, cut):
 def test_the_reason_of_a_missing_verdict_is_its_own_line():
     reasons = {LINE.read(f"Score: {inside}").note.splitlines()[0] for inside in ("6", "7", "100", "-3")}
     assert reasons == {"a verdict outside 0 to 5"}
+
+
+@pytest.mark.parametrize("cut", [False, True], ids=["ended", "cut"])
+@pytest.mark.parametrize("text", THOUGHTS[:6], ids=repr)
+def test_no_verdict_comes_from_thoughts_that_have_not_ended(text, cut):
+    assert LINE.read(text, cut=cut).note.splitlines()[0].startswith("the thinking is not finished")
+    assert CHOICE.read(text.replace("Score: 5", "Score: A"), cut=cut).score is None
+
+
+def test_a_choice_has_markup_around_it_alone():
+    for good in ("A", "**A**", "_a_", "[A]", "(**A**)", '"A".', "<A>"):
+        assert CHOICE.read(f"Score: {good}").score == 1, good
+    for bad in ("<A", "A>", "A*", "[A", "A..", "t*ie", "t_ie", "*A", "A)"):
+        assert CHOICE.read(f"Score: {bad}").score is None, bad
+
+
+def test_the_words_of_a_line_may_have_markup_between_them_and_never_inside():
+    line = ScoreLine(line="* My_final score: <n> of five.", min=0, max=5)
+    for good in (
+        "my_final score: 3 of five.",
+        "My final **score**: 3",
+        "**My_final score:** 3 of five",
+        "* myfinal score: 3",
+    ):
+        assert line.read(good).score == 3, good
+    for bad in ("My_final sc*or*e: 3", "My_final score: 3 of", "My_final score: 3 of five of five"):
+        assert line.read(bad).score is None, bad
 
 
 def test_a_verdict_that_max_tokens_cut_is_none():
@@ -191,13 +263,13 @@ def test_the_system_body_is_the_first_turn_and_the_prompts_own_system_turn_is_da
     )
     system, user = template.fill(PROMPT, Completion("x"))
     assert (system.role, system.content) == ("system", "You grade.")
-    assert fenced("system prompt", "be brief") in user.content
+    assert fenced("system turn of the prompt", "be brief") in user.content
 
 
-def filled(template):
+def filled(template, prompt=PROMPT):
     """The last turn of a judge prompt, with as many completions as the template shows."""
     completions = [Completion(text) for text in ("a wren", "an owl")]
-    return template.fill(PROMPT, *completions[: len(COMPLETIONS[template.head.mode])])[-1].content
+    return template.fill(prompt, *completions[: len(COMPLETIONS[template.head.mode])])[-1].content
 
 
 @pytest.mark.parametrize("name", BUILTIN)
@@ -208,6 +280,31 @@ def test_shipped_templates_load_and_show_prompt_and_completion_last(name):
     content = filled(template)
     assert content.index("<<<prompt") < content.index("<<<completion")
     assert content.index("<<<prompt") > len(content) / 2
+
+
+@pytest.mark.parametrize("name", BUILTIN)
+def test_shipped_templates_show_the_prompts_system_turn_before_it_and_change_no_byte_without_one(name):
+    template = load_template(name, Path())
+    french = (Message("system", "Answer in French only."), Message("user", "name a bird"))
+    shown = fenced("system turn of the prompt", "Answer in French only.")
+    content = filled(template, replace(PROMPT, messages=french))
+    assert content.index(shown) < content.index("<<<prompt") < content.index("<<<completion")
+    without = filled(template, replace(PROMPT, messages=french[1:]))
+    assert content.replace(f"{shown}\n\n", "") == without
+    assert "system" not in without
+    never_asked = replace(template, user=template.user.replace("{system_prompt}\n\n", ""))
+    assert never_asked.user != template.user
+    assert filled(never_asked, replace(PROMPT, messages=french[1:])) == without
+
+
+def test_a_system_turn_is_data_that_holds_fields_as_text_and_an_empty_one_is_shown():
+    template = parse_template(HEAD + "[user]\n{system_prompt}\n\n{system_prompt}|{completion}", where="t", digest="")
+    for said in ("{completion} {system_prompt}\n\n", ""):
+        turns = (Message("system", said), Message("user", "x"))
+        shown = fenced("system turn of the prompt", said)
+        content = filled(template, replace(PROMPT, messages=turns))
+        assert content == f"{shown}\n\n{shown}|{fenced('completion', 'a wren')}"
+    assert filled(template, replace(PROMPT, messages=turns[1:])) == f"|{fenced('completion', 'a wren')}"
 
 
 @pytest.mark.parametrize("name", [name for name in BUILTIN if name != "yes_no"])
@@ -250,7 +347,7 @@ def test_a_choice_that_max_tokens_cut_is_none():
 
 @given(text=st.lists(pieces | st.sampled_from(["A", "B", "tie", "Score: A"]), max_size=8).map("".join))
 def test_any_text_gives_a_choices_score_or_none_with_a_note(text):
-    verdict = ChoiceLine(line="Score: <choice>", choices={"A": 1, "B": 0, "tie": 0.5}).read(text)
+    verdict = CHOICE.read(text)
     assert verdict.score in (0, 0.5, 1) or (verdict.score is None and verdict.note)
 
 

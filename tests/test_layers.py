@@ -21,6 +21,7 @@ ORDER = (
     "recipe_values",
     "targets",
     "recipe_schedule",
+    "recipe_chat",
     "recipe_reward",
     "recipe_audit",
     "recipe_judges",

@@ -12,7 +12,7 @@ from selfplay.errors import RecipeError
 from selfplay.recipe import Recipe
 from selfplay.recipe_file import check_recipe, differences, dump_recipe, load_recipe, parse_yaml
 from selfplay.recipe_filters import PythonFilterRecipe
-from selfplay.recipe_judges import LLMJudgeRecipe, PythonJudgeRecipe
+from selfplay.recipe_judges import ApiJudgeRecipe, LLMJudgeRecipe, PythonJudgeRecipe
 
 SMALL = """\
 model: m
@@ -182,6 +182,22 @@ evaluate: {judge: {kind: python, target: "judges.py:f"}}
     assert (recipe.judge.model, recipe.judge.template) == ("policy", str(folder / "judge.md"))
     assert isinstance(recipe.evaluate.judge, PythonJudgeRecipe)
     assert recipe.evaluate.judge.target == f"{folder / 'judges.py'}:f"
+
+
+@pytest.mark.parametrize("kind", ["llm", "api"])
+def test_a_shipped_template_is_not_shadowed_by_what_lies_beside_the_recipe(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "safety").mkdir()
+    (tmp_path / "additive").write_text("mine")
+    address = ", base_url: https://judge.example/v1, model: m" if kind == "api" else ""
+
+    def template(asked: str) -> str:
+        judge = load(tmp_path, "", f"judge={{kind: {kind}, template: {asked}{address}}}").judge
+        assert isinstance(judge, LLMJudgeRecipe | ApiJudgeRecipe)
+        return judge.template
+
+    assert (template("safety"), template("additive")) == ("safety", "additive")
+    assert template("./additive") == str(tmp_path / "additive")
+    assert template("mine.md") == str(tmp_path / "mine.md"), "never one of the folder that the command runs in"
 
 
 def test_a_hub_id_stays_as_it_is(tmp_path: Path) -> None:

@@ -64,8 +64,8 @@ def test_constrained_verdicts_may_follow_thinking() -> None:
 @given(before=st.text(), after=st.text(), cut=st.booleans())
 def test_no_word_of_the_thinking_is_left(before: str, after: str, cut: bool) -> None:
     before, after = (text.replace("think>", "") for text in (before, after))
-    assert after_thinking(f"<think>{before}</think>{after}", TAGS, cut=cut) == after
-    assert after_thinking(f"{after}<think>{before}", TAGS, cut=cut) is None
+    assert after_thinking(f"<think>{before}</think>{after}", TAGS, may_be_inside=cut) == after
+    assert after_thinking(f"{after}<think>{before}", TAGS, may_be_inside=cut) is None
 
 
 def test_how_thinking_is_read_is_part_of_the_identity() -> None:

@@ -7,11 +7,15 @@ Every text round-trips through its tokenizer. A few merges exist ("the", " the")
 tokenizes differently from its parts. The template writes a newline after each end of turn, as many real ones do.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 SPECIAL = ("<|bos|>", "<|end|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>")
 BOS, END, PAD = "<|bos|>", "<|end|>", "<|pad|>"
+# What tokenizers add that is not special: markup, and ordinary text. One mark stands in another, one is no ASCII.
+MARKUP = ("<think>", "</think>", "<tool_call>", "[INST]", "<[INST]>", "<\uff5cUser\uff5c>")
+ORDINARY = ("    ", "wren", "\n\n", "<b")
 # "\u0120" is a space in the byte-level alphabet.
 MERGES = [("t", "h"), ("th", "e"), ("\u0120", "the"), ("a", "n"), ("an", "d"), ("i", "n"), ("in", "g")]
 TEMPLATE = (
@@ -35,12 +39,16 @@ CONFIG: dict[str, Any] = {
 
 
 def make_tiny_tokenizer(
-    *, pad_is_eos: bool = False, chat_template: str | None = TEMPLATE, num_tokens: int | None = None
+    *,
+    pad_is_eos: bool = False,
+    chat_template: str | None = TEMPLATE,
+    num_tokens: int | None = None,
+    added: Sequence[str] = (),
 ) -> Any:
     """A fast byte-level BPE tokenizer: ids 0-5 are SPECIAL, then 256 bytes, then the merges, then words that no text becomes,
-    up to `num_tokens`, for models that sample from more. It adds no bos by itself.
+    up to `num_tokens`, for models that sample from more. It adds no bos by itself. `added` are tokens that are not special.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     tokens = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(pair) for pair in MERGES)]
@@ -56,6 +64,7 @@ def make_tiny_tokenizer(
         additional_special_tokens=[token for token in SPECIAL if token not in (BOS, END)],
         clean_up_tokenization_spaces=False,
     )
+    fast.add_tokens([AddedToken(text, special=False, normalized=False) for text in added])
     fast.chat_template = chat_template
     return fast
 
@@ -67,6 +76,7 @@ def make_tiny_model(
     family: str = "llama",
     pad_is_eos: bool = False,
     chat_template: str | None = TEMPLATE,
+    added: Sequence[str] = (),
     **config: Any,
 ) -> Path:
     """Writes a model folder in fp32 safetensors and returns it. `family` is a transformers model type with a causal
@@ -76,7 +86,7 @@ def make_tiny_model(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     folder = Path(folder)
-    tokenizer = make_tiny_tokenizer(pad_is_eos=pad_is_eos, chat_template=chat_template)
+    tokenizer = make_tiny_tokenizer(pad_is_eos=pad_is_eos, chat_template=chat_template, added=added)
     ids = {
         "vocab_size": len(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,

@@ -56,6 +56,7 @@ def files_of(recipe: Recipe, folder: Path) -> list[Path]:
         texts += [view.prompts.source, view.prompts.heldout]
         for judge in (*judges_in(view.judge), *judges_in(view.evaluate.judge)):
             texts += [judge.template] if isinstance(judge, LLMJudgeRecipe | ApiJudgeRecipe) else []
+            texts += [judge.chat.chat_template] if isinstance(judge, LLMJudgeRecipe) and judge.chat is not None else []
             texts += [judge.target.partition(":")[0]] if isinstance(judge, PythonJudgeRecipe) else []
             texts += [judge.chat_template, judge.calibration] if isinstance(judge, RewardModelRecipe) else []
     paths = dict.fromkeys(Path(text) for text in texts if isinstance(text, str))

@@ -16,6 +16,7 @@ from selfplay.judges.python import load_python_judge
 from selfplay.judges.questions import Questions, check_asked
 from selfplay.judges.template import load_template
 from selfplay.judges.verifier import validate_checks
+from selfplay.judges.win_rate_scale import check_win_rate_scale
 from selfplay.models import local_model
 from selfplay.pool_checks import check_calibration, check_pool
 from selfplay.prompts import load_pool
@@ -75,6 +76,7 @@ def check(recipe: Recipe, *, allow_code: bool = False) -> None:
         _check_model("train.reference", recipe.train.reference_path)
     for name, view in recipe.by_source.items():
         _check_source_of(f"sources.{name}." if name else "", view, allow_code=allow_code)
+    recipe.for_each(lambda _, view: check_win_rate_scale(view))
     check_reward_models(recipe)
     recipe.for_each(lambda _, view: _check_labelled(view))
     _check_rows(recipe)

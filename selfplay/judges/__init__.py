@@ -3,6 +3,7 @@
 `make_judge`.
 """
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,15 +24,18 @@ from selfplay.recipe_judges import (
 )
 from selfplay.recipe_reward import RewardModelRecipe
 
+OpenModel = Callable[[Path, Any], Any]  # a model's folder and its Chat to a generator
+
 
 def make_judge(
     recipe: JudgeRecipe,
     *,
     allow_code: bool = False,
-    open_model: Callable[[str], Any] | None = None,
+    open_model: OpenModel | None = None,
     made: dict[str, Judge] | None = None,
 ) -> Judge:
-    """The judge that a recipe names. `open_model` opens a generator for an llm judge with a model of its own. `made` keeps the
+    """The judge that a recipe names. `open_model` opens a generator for an llm judge with a model of its own, from its folder
+    and chat. `made` keeps the
     judges that were made with it, so that equal recipes share one.
     """
     made, key = {} if made is None else made, recipe.model_dump_json()
@@ -43,9 +47,7 @@ def make_judge(
     return made[key]
 
 
-def _combine(
-    recipe: CombineRecipe, allow_code: bool, open_model: Callable[[str], Any] | None, made: dict[str, Judge]
-) -> Judge:
+def _combine(recipe: CombineRecipe, allow_code: bool, open_model: OpenModel | None, made: dict[str, Judge]) -> Judge:
     from selfplay.judges.combine import Combine, Member
 
     kinds = [member.judge.kind for member in recipe.judges]
@@ -57,7 +59,7 @@ def _combine(
     return Combine(members, how=recipe.how, normalize=recipe.normalize)
 
 
-def _one_judge(recipe: OneJudge, allow_code: bool, open_model: Callable[[str], Any] | None) -> Judge:
+def _one_judge(recipe: OneJudge, allow_code: bool, open_model: OpenModel | None) -> Judge:
     if isinstance(recipe, CoinRecipe):
         from selfplay.judges.coin import Coin
 
@@ -90,23 +92,33 @@ def _one_judge(recipe: OneJudge, allow_code: bool, open_model: Callable[[str], A
     return Verifier(checks, score=recipe.score, truncated_fails=recipe.truncated_fails, ifeval=recipe.ifeval)
 
 
-def _llm_judge(recipe: LLMJudgeRecipe, open_model: Callable[[str], Any] | None) -> Judge:
+def _llm_judge(recipe: LLMJudgeRecipe, open_model: OpenModel | None) -> Judge:
     from selfplay.judges.llm import LLMJudge
     from selfplay.judges.template import load_template
-    from selfplay.models import local_model
-    from selfplay.store import weights_digest
 
-    folder = local_model(recipe.model, recipe.model_revision) if recipe.model != "policy" else None
-    assert folder is None or open_model is not None
+    model, factory = ("policy", None) if recipe.model == "policy" else _own_model(recipe, open_model)
     return LLMJudge(
         load_template(recipe.template, Path()),
         verdict=recipe.verdict,
         num_verdicts=recipe.num_verdicts,
         **{key: value for key, value in recipe if key in DRAWN and value is not None},
-        model="policy" if folder is None else weights_digest(folder),
-        generator_factory=(lambda: open_model(str(folder))) if folder is not None and open_model is not None else None,
+        model=model,
+        generator_factory=factory,
         system_prompt=recipe.system_prompt,
     )
+
+
+def _own_model(recipe: LLMJudgeRecipe, open_model: OpenModel | None) -> tuple[str, Callable[[], Any]]:
+    """What a judge's own model is, weights, tokenizer and template; and how it is opened."""
+    from selfplay.models import load_chat, local_model
+    from selfplay.recipe_chat import ChatRecipe
+    from selfplay.store import tokenizer_digest, weights_digest
+
+    assert open_model is not None
+    folder = local_model(recipe.model, recipe.model_revision)
+    chat = load_chat(str(folder), recipe.chat or ChatRecipe(), key="judge.chat")
+    asked = hashlib.sha256(f"{tokenizer_digest(folder)} {chat.template_digest_text}".encode()).hexdigest()[:16]
+    return f"{weights_digest(folder)} chat {asked}", lambda: open_model(folder, chat)
 
 
 def _api_judge(recipe: ApiJudgeRecipe) -> Judge:

@@ -195,9 +195,7 @@ class ApiJudge:
 
     def _read(self, reply: Reply) -> Verdict:
         tags = self.recipe.reasoning_tags
-        text = reply.text if tags is None else after_thinking(reply.text, tags, cut=reply.cut)
-        if text is None:
-            return Verdict(None, "the judge's thinking has no end; it may need more max_tokens")
+        text = reply.text if tags is None else after_thinking(reply.text, tags, may_be_inside=reply.cut)
         return self.questions.read([(text, reply.cut)])
 
     async def _ask_all(

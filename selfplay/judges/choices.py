@@ -1,7 +1,8 @@
 """Constrained verdicts: the few texts that a verdict may be, and the score of each.
 
-The model says nothing else, so no verdict is unreadable and none comes after reasons. What it would rather have said is not
-seen: where that matters, `verdict: labels` looks at how probable the labels are together.
+The model says nothing else, so no verdict comes after reasons, and none is unreadable unless max_tokens cuts it or a server
+doesn't keep to what it was asked. What the model would rather have said is not seen: where that matters, `verdict: labels`
+looks at how probable the labels are together.
 """
 
 import json
@@ -38,13 +39,14 @@ def verdict_choices(head: TemplateHead) -> dict[str, float]:
 
 def read_choice(text: str, choices: Mapping[str, float], *, cut: bool) -> Verdict:
     """The score of the choice that a text is, alone or as the JSON object of `response_format`; None for anything else, for
-    not every server keeps to what it was asked.
+    not every server keeps to what it was asked, and where max_tokens cut (`cut`) what might have become another choice.
     """
-    said = text.strip()
+    said, whole = text.strip(), not cut
     if said.startswith("{"):
-        said = _inside(said)
+        said, whole = _inside(said), True  # an object that can be read has its end
     scores = {choice.strip(): score for choice, score in choices.items()}
-    if said in scores:
+    longer = any(choice != said and choice.startswith(text.lstrip()) for choice in scores)
+    if said in scores and (whole or not longer):
         return Verdict(scores[said])
     reason = "max_tokens cut the verdict" if cut else "the verdict is none of the choices: the constraint was not kept"
     return Verdict(None, f"{reason}\n{text.strip()[:100]!r}")

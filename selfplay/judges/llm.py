@@ -15,8 +15,9 @@ from typing import Literal, Protocol, Self, runtime_checkable
 from selfplay.chat import Chat
 from selfplay.errors import GeneratorError, RecipeError
 from selfplay.generators.engine import Request, Result
-from selfplay.judges.questions import Place, Questions, check_asked
+from selfplay.judges.questions import Place, Questions, Said, check_asked
 from selfplay.judges.template import JudgeTemplate
+from selfplay.judges.thinking import THINKING, after_thinking
 from selfplay.judges.verdicts import Verdict
 from selfplay.protocols import JudgeContext
 from selfplay.types import Group, Judgement, Message, Sampling
@@ -65,9 +66,9 @@ class LLMJudge:
     nothing else than the verdict's choices (choices.py). `verdict="labels"`: nothing is drawn; the verdict is the
     expected value sum_i p_i v_i over the template's labels, p renormalised over them.
 
-    `model` is "policy" (then `context.generator` is asked) or the digest of another model, which `generator_factory`
-    opens when the first group is judged and `close()`, or the end of a `with` block, frees. `system_prompt` stands in
-    for the template's own.
+    `model` is "policy" (then `context.generator` is asked) or the digests of another model and of its chat, which
+    `generator_factory` opens when the first group is judged and `close()`, or the end of a `with` block, frees.
+    `system_prompt` stands in for the template's own.
     """
 
     def __init__(
@@ -158,7 +159,7 @@ class LLMJudge:
 
     def _encode(self, chat: Chat, model: JudgeModel, messages: Sequence[Message]) -> tuple[int, ...] | Verdict:
         """The token ids of a judge prompt, or no verdict where they don't fit."""
-        token_ids, max_model_len = chat.encode_messages(messages), model.engine.max_model_len
+        token_ids, max_model_len = chat.encode_messages(messages, untrusted=True), model.engine.max_model_len
         num_new = 1 if self.verdict == "labels" else self.sampling.max_tokens
         if len(token_ids) + num_new > max_model_len:
             return Verdict(
@@ -190,7 +191,8 @@ class LLMJudge:
                 f"the judge's engine gave no result for {len(missing)} requests, the first {missing[0]}"
             )
         return {
-            place: self.questions.read([_said(chat, results[_id(place, n)]) for n in range(count)]) for place in asked
+            place: self.questions.read([_said(chat, results[_id(place, n)], choices) for n in range(count)])
+            for place in asked
         }
 
     def _labels(
@@ -220,10 +222,15 @@ def _id(place: Place, n: int) -> str:
     return "/".join(str(part) for part in (*place, n))
 
 
-def _said(chat: Chat, result: Result) -> tuple[str, bool]:
-    """The text of a verdict, thinking cut off, and whether max_tokens cut it."""
-    said = chat.completion(result.token_ids, result.logps, result.finish_reason, result.stop_reason)
-    return said.text, result.finish_reason == "length"
+def _said(chat: Chat, result: Result, choices: Sequence[str]) -> Said:
+    """The text of a verdict, thinking cut off, and whether max_tokens cut it. What can be nothing but one of `choices` has no
+    thinking.
+    """
+    tags, cut = chat.reasoning_tags or THINKING, result.finish_reason == "length"
+    text = chat.decode(result.token_ids, keep=tags)
+    if choices:
+        return text, cut
+    return after_thinking(text, tags, may_be_inside=chat.opens_with(tags[0])), cut
 
 
 def label_token_ids(chat: Chat, labels: Sequence[str]) -> list[int]:

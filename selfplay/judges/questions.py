@@ -18,12 +18,12 @@ from selfplay.judges.choices import read_choice, verdict_choices
 from selfplay.judges.lift import win_rates
 from selfplay.judges.template import JudgeTemplate
 from selfplay.judges.unparsed import first_line
-from selfplay.judges.verdicts import PARSER_VERSION, Verdict
+from selfplay.judges.verdicts import PARSER_VERSION, UNFINISHED, Verdict
 from selfplay.types import Group, Judgement, Message, Sampling, derive_seed
 
 Place = tuple[int, ...]
 NO_REPLY = "a call got no reply"  # where other calls with the same question got one
-Said = tuple[str, bool]  # what a model wrote, and whether max_tokens cut it
+Said = tuple[str | None, bool]  # what a model wrote, None where its thinking has no end, and whether max_tokens cut it
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +36,12 @@ class Questions:
     num_verdicts: int = 1
     system_prompt: str | None = None
     constrained: bool = False
+
+    @property
+    def needs_gold(self) -> bool:
+        """Whether what is shown holds the gold answer. A system turn that `system_prompt` replaces is not shown."""
+        shown = self.template if self.system_prompt is None else replace(self.template, system=None)
+        return shown.needs_gold
 
     @property
     def choices(self) -> dict[str, float]:
@@ -86,11 +92,16 @@ class Questions:
 
     def read(self, said: Sequence[Said]) -> Verdict:
         """The mean of the verdicts that can be read, with a note that lists them all where there were several."""
+        return mean_verdict([self._read(text, cut) for text, cut in said])
+
+    def _read(self, text: str | None, cut: bool) -> Verdict:
+        if text is None:
+            return Verdict(None, UNFINISHED)
         if choices := self.choices:
-            return mean_verdict([read_choice(text, choices, cut=cut) for text, cut in said])
+            return read_choice(text, choices, cut=cut)
         parse = self.template.head.parse
         assert parse is not None  # `check_readable` has seen to it
-        return mean_verdict([parse.read(text, cut=cut) for text, cut in said])
+        return parse.read(text, cut=cut)
 
     def judgements(self, groups: Sequence[Group], verdicts: Mapping[Place, Verdict]) -> list[Judgement]:
         """One judgement per group from the verdict of every place."""
@@ -113,7 +124,7 @@ class Questions:
         return replace(judgement, num_asked=self.num_verdicts * len(asked), unparsed=dict(+unparsed))
 
     def _can_ask(self, group: Group) -> bool:
-        return not self.template.needs_gold or group.prompt.gold is not None
+        return not self.needs_gold or group.prompt.gold is not None
 
     def _pointwise(self, g: int, group: Group, verdicts: Mapping[Place, Verdict]) -> Judgement:
         row = [verdicts[g, k] for k in range(len(group.completions))]

@@ -116,11 +116,11 @@ def _judgement(group: Group, g: int, scores: dict[Place, float | None], notes: d
 
 
 def encode_conversation(chat: Chat, prompt: Prompt, text: str) -> tuple[int, ...]:
-    """Token ids of the prompt with `text` as the assistant's turn after it, as the template ends it. Special tokens come
-    from the template alone. DataError where it refuses the messages.
+    """Token ids of the prompt with `text` as the assistant's turn after it, as the template ends it. Special tokens and
+    markup come from the template alone. DataError where it refuses the messages.
     """
     turns = (*prompt.messages, Message("assistant", text))
-    return chat.encode_messages(turns, tools=prompt.tools, add_generation_prompt=False)
+    return chat.encode_messages(turns, tools=prompt.tools, add_generation_prompt=False, untrusted=True)
 
 
 def load_reward_chat(folder: Path, chat_template: str | None, *, key: str) -> Chat:

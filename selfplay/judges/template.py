@@ -14,8 +14,10 @@
 The verdict is a number, `parse: {line: "Score: <n>", min: 0, max: 5}`, or one of a few words, `parse: {line: "Verdict:
 <choice>", choices: {correct: 1, incorrect: 0}}`, or it is read from the probabilities of words, `labels: {yes: 1, no: 0}`.
 
-Fields are {prompt}, {completion}, {gold} and {system_prompt}; every other brace is ordinary text. With `mode: pairwise`
-{completion_a} and {completion_b} stand in for {completion}, and a verdict is the probability that A is the better one.
+Fields are {prompt}, {completion}, {gold} and {system_prompt}; every other brace is ordinary text. {system_prompt} is the
+system turn of the prompt that is judged, never the judge's own ([system], or judge.system_prompt); where the prompt has none,
+the field is gone with the line breaks after it. With `mode: pairwise` {completion_a} and {completion_b} stand in for
+{completion}, and a verdict is the probability that A is the better one.
 Put the rubric first and the fields last: judge prompts then share their beginning, and an engine computes it once.
 
 What fills a field was written by a model or came with a data set, and may try to steer the judge. So fields are filled
@@ -36,19 +38,20 @@ from pydantic import Discriminator, Field, PositiveInt, Tag, ValidationError, mo
 from selfplay.errors import RecipeError
 from selfplay.judges.verdicts import ChoiceLine, ScoreLine
 from selfplay.recipe_file import parse_yaml
+from selfplay.recipe_judges import SHIPPED_TEMPLATES
 from selfplay.recipe_values import Section
 from selfplay.types import Completion, Message, Prompt
 
 COMPLETIONS = {"pointwise": ("completion",), "pairwise": ("completion_a", "completion_b")}
 FIELDS = ("prompt", "completion", "completion_a", "completion_b", "gold", "system_prompt")
-SHIPPED = ("additive", "yes_no", "pairwise_helpfulness", "correctness", "safety")
-BUILTIN = {name: Path(__file__).parent / "templates" / f"{name}.md" for name in SHIPPED}
+BUILTIN = {name: Path(__file__).parent / "templates" / f"{name}.md" for name in SHIPPED_TEMPLATES}
 PARSE_TAGS = ("a number", "a choice")
 CODE_DIGITS = 8
 
 _FILE = re.compile(r"\A---[ \t]*\n(?P<head>.*?)^---[ \t]*\n(?P<bodies>.*)\Z", re.DOTALL | re.MULTILINE)
 _BODY = re.compile(r"^\[(system|user)\][ \t]*$", re.MULTILINE)
 _FIELD = re.compile(r"\{(\w+)\}")
+_NO_SYSTEM_TURN = re.compile(r"\{system_prompt\}\n*")
 ParseLine = Annotated[
     Annotated[ScoreLine, Tag(PARSE_TAGS[0])] | Annotated[ChoiceLine, Tag(PARSE_TAGS[1])],
     Discriminator(lambda value: PARSE_TAGS[isinstance(value, dict) and "choices" in value]),
@@ -111,10 +114,9 @@ class JudgeTemplate:
             **{f: fenced(_name(f), c.text) for f, c in zip(fields, completions, strict=True)},
             "prompt": _conversation(prompt),
             "gold": fenced("gold", prompt.gold or ""),
-            "system_prompt": fenced(
-                "system prompt", "\n\n".join(m.content for m in prompt.messages if m.role == "system")
-            ),
         }
+        if turns := [m.content for m in prompt.messages if m.role == "system"]:
+            texts["system_prompt"] = fenced("system turn of the prompt", "\n\n".join(turns))
         system = () if self.system is None else (Message("system", _fill(self.system, texts)),)
         return (*system, Message("user", _fill(self.user, texts)))
 
@@ -126,6 +128,8 @@ def _name(field: str) -> str:
 
 
 def _fill(body: str, texts: Mapping[str, str]) -> str:
+    if "system_prompt" not in texts:
+        body = _NO_SYSTEM_TURN.sub("", body)
     return _FIELD.sub(lambda field: texts[field[1]], body)
 
 
@@ -153,7 +157,7 @@ def _conversation(prompt: Prompt) -> str:
 
 
 def load_template(target: str, base: Path) -> JudgeTemplate:
-    """The template called `target`: a shipped name (see SHIPPED) or a file, relative to `base`.
+    """The template called `target`: a shipped name (see SHIPPED_TEMPLATES) or else a file, relative to `base`.
 
     RecipeError where it can't be read or anything in it is unknown or missing.
     """

@@ -1,16 +1,16 @@
-"""What a model wrote when it had done thinking, where its server leaves the thinking in the text."""
+"""What a judge's model wrote when it had done thinking."""
 
 from collections.abc import Sequence
 
+THINKING = ("<think>", "</think>")
 
-def after_thinking(text: str, tags: Sequence[str], *, cut: bool) -> str | None:
-    """What stands behind the first closing tag; the whole text where nobody thought.
 
-    None where the thinking has no end: it was opened and never closed; or max_tokens cut a text (`cut`) with neither tag, for
-    the model's chat template may have opened it unseen.
+def after_thinking(text: str, tags: Sequence[str] = THINKING, *, may_be_inside: bool = False) -> str | None:
+    """What stands behind the last closing tag; the whole text where nobody thought.
+
+    None where the thinking has no end: it was opened and never closed; or, with `may_be_inside`, the text has no closing tag,
+    for a chat template may have opened the thinking before it.
     """
     opening, closing = tags
-    _, found, after = text.partition(closing)
-    if found:
-        return after
-    return None if cut or opening in text else text
+    _, found, said = text.rpartition(closing)
+    return None if opening in said or (may_be_inside and not found) else said

@@ -1,27 +1,36 @@
 """How a verdict is read from what a judge model wrote: one marked line, with a number or one of a few words.
 
 A line that is missing, unclear, out of range, said twice or cut gives no verdict: None with the reason, never a number.
+So does a text that ends while the model still thinks. Markdown and brackets may stand around a verdict, never inside it.
 """
 
 import re
 from abc import abstractmethod
+from collections import Counter
 from dataclasses import dataclass
 from typing import ClassVar
 
 from pydantic import Field, model_validator
 
+from selfplay.judges.thinking import after_thinking
 from selfplay.recipe_values import Section
 
-# Counts changes to how verdicts are read; part of a judge's identity, so that old judgements aren't reused silently.
-PARSER_VERSION = 1
+# Counts changes to how questions are filled in and verdicts are read; part of a judge's identity, so that old judgements
+# aren't reused silently.
+PARSER_VERSION = 2
 EXCERPT = 100  # characters of an unreadable verdict that a note quotes
 
-_NUMBER = re.compile(
-    r"(?P<n>[+-]?[0-9]+(?:\.[0-9]+)?)(?:\s*(?:/|out of)\s*(?P<of>[0-9]+))?(?:\s*points?)?", re.IGNORECASE
-)
-_MARKUP = str.maketrans("", "", "*_`")
-_BULLET = " \t>#-"
-_AROUND = " \t[]()<>{}\"'"
+UNFINISHED = "the thinking is not finished: raise max_tokens, or switch it off"
+
+_NUMBER = re.compile(r"[+-]?[0-9]+(?:\.[0-9]+)?")
+_OF = re.compile(r"/|out of", re.IGNORECASE)
+_POINTS = re.compile(r" ?points?\Z", re.IGNORECASE)
+_EMPHASIS = "*_`"
+_MARKS = re.compile(r"\*+|_+|`+")
+_ENDS = f" \t{_EMPHASIS}"
+_BULLETS = re.compile(r"[\s>#-]*(?:[*+]\s)?[\s>#-]*")
+_SNAKE = re.compile(r"(?<=[^\W_])_(?=[^\W_])")  # in a_name it emphasizes nothing
+_AROUND = {"[": "]", "(": ")", "<": ">", "{": "}", '"': '"', "'": "'"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +58,7 @@ class VerdictLine(Section):
         example = f'like "Score: {self.place}"'
         if not found or self.place in after:
             raise ValueError(f"write `line` with {self.place} once, where the verdict stands, {example}")
-        if not before.translate(_MARKUP).strip(_BULLET + _AROUND):
+        if not before.strip(" \t>#-" + _EMPHASIS + "".join(_AROUND) + "".join(_AROUND.values())):
             raise ValueError(f"`line` needs a word before {self.place}, {example}, else anything would be a verdict")
         return self
 
@@ -60,30 +69,40 @@ class VerdictLine(Section):
     def read(self, text: str, *, cut: bool = False) -> Verdict:
         """The one verdict in a judge's text: that of its last verdict line.
 
-        None where there is no such line, the line can't be read, an earlier line says something else, or max_tokens cut
-        the text (`cut`) right behind the verdict. Never raises.
+        None where there is no such line, the line can't be read, an earlier line says something else, the model has not
+        finished thinking, or max_tokens cut the text (`cut`) right behind the verdict. Never raises.
         """
-        found = [inside for line in text.splitlines() if (inside := self._inside(line)) is not None]
+        said = after_thinking(text)
+        if said is None:
+            return Verdict(None, _unread(UNFINISHED, text))
+        found = [(line, inside) for line in said.splitlines() if (inside := self._inside(line)) is not None]
         if not found:
-            return Verdict(None, _unread("the text is empty" if not text.strip() else f'no line "{self.line}"', text))
-        last = self.value(found[-1])
+            return Verdict(None, _unread("the text is empty" if not said.strip() else f'no line "{self.line}"', said))
+        shown = found[-1][1]
+        last, *earlier = (self._value_on(line, inside) for line, inside in reversed(found))
         if last.score is None:
-            return Verdict(None, _unread(last.note, found[-1]))
-        if any(self.value(inside).score not in (None, last.score) for inside in found[:-1]):
-            return Verdict(None, _unread("verdicts that differ", " | ".join(found)))
-        if cut and self._inside(text.splitlines()[-1]) is not None:
-            return Verdict(None, _unread("max_tokens cut the verdict", found[-1]))
+            return Verdict(None, _unread(last.note, shown))
+        if any(verdict.score not in (None, last.score) for verdict in earlier):
+            return Verdict(None, _unread("verdicts that differ", " | ".join(inside for _, inside in found)))
+        if cut and self._inside(said.splitlines()[-1]) is not None:
+            return Verdict(None, _unread("max_tokens cut the verdict", shown))
         return last
 
     def _inside(self, line: str) -> str | None:
         """What stands in the verdict's place; None where this is no verdict line."""
-        before, _, after = self.line.translate(_MARKUP).lstrip(_BULLET).partition(self.place)
-        plain = " ".join(line.translate(_MARKUP).lstrip(_BULLET).split())
-        head = r"\s*".join(re.escape(word) for word in re.findall(r"\w+|[^\w\s]", before))
-        match = re.match(head, plain, re.IGNORECASE)
-        if match is None:
-            return None
-        return plain[match.end() :].strip().removesuffix(after.strip()).strip()
+        before, _, after = self.line.partition(self.place)
+        words = re.findall(rf"[^\W_]+|[^\w\s{_EMPHASIS}]", _unbulleted(before))
+        head = rf"[\s{_EMPHASIS}]*".join(re.escape(word) for word in words)
+        plain = " ".join(_unbulleted(line).split())
+        match = re.match(rf"[{_EMPHASIS}]*{head}", plain, re.IGNORECASE)
+        return None if match is None else _unended(plain[match.end() :]).removesuffix(_unended(after)).strip()
+
+    def _value_on(self, line: str, inside: str) -> Verdict:
+        """The verdict of a verdict line; None also where its markup has no end."""
+        marks = Counter(_MARKS.findall(_SNAKE.sub("", _unbulleted(line))))
+        if any(count % 2 for count in marks.values()):
+            return Verdict(None, "markup without its other half on the verdict's line")
+        return self.value(inside)
 
 
 class ScoreLine(VerdictLine):
@@ -101,11 +120,11 @@ class ScoreLine(VerdictLine):
 
     def value(self, inside: str) -> Verdict:
         """The number; None where it is none, out of range, or "of" another maximum."""
-        match = _NUMBER.fullmatch(inside.removesuffix(".").strip(_AROUND))
-        if match is None:
+        number, *of = (_bare(part) for part in _OF.split(_POINTS.sub("", _bare(inside)), maxsplit=1))
+        if not _NUMBER.fullmatch(number) or not all(part.isascii() and part.isdigit() for part in of):
             return Verdict(None, "no number, or more than a number, on the verdict's line")
-        score = float(match["n"]) + 0.0  # -0.0 becomes 0.0
-        if match["of"] is not None and float(match["of"]) != self.max:
+        score = float(number) + 0.0  # -0.0 becomes 0.0
+        if of and float(of[0]) != self.max:
             return Verdict(None, f"a verdict out of another maximum than {self.max:g}")
         if not self.min <= score <= self.max:
             return Verdict(None, f"a verdict outside {self.min:g} to {self.max:g}")
@@ -120,7 +139,7 @@ class ChoiceLine(VerdictLine):
 
     @model_validator(mode="after")
     def _can_differ(self) -> "ChoiceLine":
-        if len({_plain(choice) for choice in self.choices} - {""}) < len(self.choices):
+        if len({_plain(_unended(choice)) for choice in self.choices} - {""}) < len(self.choices):
             raise ValueError("two choices read the same, or one is empty")
         if len(set(self.choices.values())) == 1:
             raise ValueError("all choices have the same score, so nothing could ever be better")
@@ -128,14 +147,31 @@ class ChoiceLine(VerdictLine):
 
     def value(self, inside: str) -> Verdict:
         """The score of the choice; None where the line holds none of them, or more than one."""
-        scores = {_plain(choice): score for choice, score in self.choices.items()}
+        scores = {_plain(_unended(choice)): score for choice, score in self.choices.items()}
         if _plain(inside) not in scores:
             return Verdict(None, f"none of {', '.join(self.choices)} on the verdict's line")
         return Verdict(scores[_plain(inside)])
 
 
 def _plain(choice: str) -> str:
-    return " ".join(choice.translate(_MARKUP).strip().removesuffix(".").strip(_AROUND).split()).casefold()
+    return " ".join(_bare(choice).split()).casefold()
+
+
+def _bare(text: str) -> str:
+    """`text` without the emphasis at its ends, and the pairs of brackets and quotes around it."""
+    text = text.strip(_ENDS)
+    while len(text) > 1 and _AROUND.get(text[0]) == text[-1]:
+        text = text[1:-1].strip(_ENDS)
+    return text
+
+
+def _unended(text: str) -> str:
+    """`text` without the emphasis at its ends, and one full stop."""
+    return text.strip(_ENDS).removesuffix(".").strip(_ENDS)
+
+
+def _unbulleted(line: str) -> str:
+    return _BULLETS.sub("", line, count=1)
 
 
 def _unread(reason: str, text: str) -> str:

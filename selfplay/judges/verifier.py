@@ -39,7 +39,7 @@ from selfplay.recipe_judges import VerifierRecipe, judges_in
 from selfplay.types import Completion, Group, Judgement, Prompt
 
 # Part of the judge's identity: raise it when a change below can change a verdict.
-VERSION = 2
+VERSION = 3
 
 
 def validate_checks(checks: Sequence[Check], where: str) -> None:
@@ -128,8 +128,8 @@ class Verifier:
     The score is the mean over checks of what each says, in [0, 1]: of rules, the share that is passed; with `score="all"` it
     is 1.0 where all are passed, else 0.0. A completion that max_tokens cut has 0.0 in both, unless `truncated_fails` is off. A
     prompt without any check, or without the gold answer that a check needs, gets None, and so does a completion that a
-    check of another package gives no verdict on. Notes name the kinds that failed. `ifeval` says how checks of that kind
-    are read.
+    check of another package gives no verdict on, or that a pattern takes too long for. Notes name the kinds that failed.
+    `ifeval` says how checks of that kind are read.
     """
 
     def __init__(

@@ -13,7 +13,7 @@ from torch import nn
 
 from selfplay.adapters import FOUR_BIT, base_folder, four_bit_source, is_adapter, load_adapter
 from selfplay.errors import AuditError, DataError
-from selfplay.store import weights_digest, write_folder
+from selfplay.store import TOKENIZER_FILES, weights_digest, write_folder
 from selfplay.train import attention
 from selfplay.train.four_bit import load_quantized
 from selfplay.train.logps import TokenLogps
@@ -23,17 +23,6 @@ from selfplay.train.pack import build_packs
 from selfplay.types import Message, PreferencePair
 
 PROBE_TOLERANCE = 1e-3  # nats; fp32 noise over a few layers is about 1e-5, a wrong mask is about 1
-
-TOKENIZER_FILES = (
-    "tokenizer*",
-    "chat_template*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "generation_config.json",
-)
 
 
 def load_model(

@@ -2,13 +2,13 @@
 
 import functools
 import inspect
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, get_type_hints
 
 from pydantic import Field, TypeAdapter, ValidationError
 
 from selfplay.judges.checks.foreign import FOREIGN
+from selfplay.judges.checks.patterns import pattern_fault
 from selfplay.judges.checks.rules import RULES
 
 Check = Mapping[str, Any]
@@ -89,8 +89,6 @@ def _wrong_together(kind: str, args: Mapping[str, Any]) -> str:
     if kind == "contains" and args.get("any") is None and args.get("all") is None:
         return "give 'any' or 'all'"
     if kind == "regex":
-        try:
-            re.compile(args["pattern"])
-        except re.error as e:
-            return f"pattern {args['pattern']!r} is no regular expression ({e})"
+        fault = pattern_fault(args["pattern"])
+        return fault and f"pattern {args['pattern']!r} is no regular expression ({fault})"
     return ""

@@ -11,12 +11,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from selfplay.judges.checks.patterns import find
 from selfplay.judges.checks.verdict import NoVerdictError
 from selfplay.judges.counts import LIST_MARKER, count_sentences, count_words, last_number
 
 Count = Annotated[int, Field(ge=0)]
 Phrases = Annotated[Sequence[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
 
+REGEX_SECONDS = 5.0  # as the checks of other packages have
 NO_GOLD = "a check compares with the gold answer, and the prompt has none that fits"
 
 
@@ -46,13 +48,23 @@ def _numeric(text: str, gold: str | None, *, tolerance: Annotated[float, Field(g
     return have is not None and math.isfinite(have) and abs(have - want) <= tolerance
 
 
-def _regex(text: str, gold: str | None, *, pattern: str, ignore_case: bool = False, match_gold: bool = False) -> bool:
-    """The pattern is found; with `match_gold`, its first group (or all of it) in the last match is the gold answer."""
-    found = list(re.finditer(pattern, text, re.IGNORECASE if ignore_case else 0))
+def _regex(
+    text: str,
+    gold: str | None,
+    *,
+    pattern: str,
+    ignore_case: bool = False,
+    match_gold: bool = False,
+    seconds: Annotated[float, Field(gt=0)] = REGEX_SECONDS,
+) -> bool:
+    """The pattern is found; with `match_gold`, its first group (or all of it) in the last match is the gold answer.
+    NoVerdictError where the pattern takes longer than `seconds`. patterns.py says where it is read otherwise than by `re`.
+    """
+    found = find(pattern, text, ignore_case=ignore_case, last=match_gold, seconds=seconds)
     if not match_gold:
-        return bool(found)
+        return found is not None
     want = _need(gold).strip()
-    return bool(found) and (found[-1][1 if found[-1].re.groups else 0] or "").strip() == want
+    return found is not None and (found[1 if found.re.groups else 0] or "").strip() == want
 
 
 def _words(text: str, gold: str | None, *, min: Count | None = None, max: Count | None = None) -> bool:
