@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from selfplay.collection import collection_paused
 from selfplay.errors import DataError
-from selfplay.recipe_file import names_template_file
+from selfplay.recipe_paths import names_template_file
 from selfplay.types import Completion, FinishReason, Message, Prompt
 
 # Private-use characters: OPEN, a number and CLOSE stand in for a special token's spelling while the template renders.

@@ -28,17 +28,6 @@ TEMPORARY = ".unfinished"
 # safetensors reports a full disk as an error of its own, which is no OSError
 WRITE_ERRORS = (OSError, SafetensorError)
 
-TOKENIZER_FILES = (
-    "tokenizer*",
-    "chat_template*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "generation_config.json",
-)
-
 _ADAPTERS: dict[Any, TypeAdapter[Any]] = {
     kind: TypeAdapter(kind) for kind in (Demonstration, Drop, Group, Judgement, PreferencePair, Prompt)
 }
@@ -60,12 +49,6 @@ def weights_digest(folder: Path) -> str:
     if is_adapter(folder):
         files += sorted(base_folder(folder).glob("*.safetensors"))
     return hashlib.sha256("".join(known_digest(file, file_digest) for file in files).encode()).hexdigest()
-
-
-def tokenizer_digest(folder: Path) -> str:
-    """SHA-256 over the files of a model folder that say how text becomes tokens and where a turn ends."""
-    files = sorted({file for pattern in TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()})
-    return hashlib.sha256("".join(f"{file.name} {file_digest(file)}\n" for file in files).encode()).hexdigest()
 
 
 def write_bytes(path: Path, data: bytes) -> None:

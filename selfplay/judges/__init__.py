@@ -110,9 +110,10 @@ def _llm_judge(recipe: LLMJudgeRecipe, open_model: OpenModel | None) -> Judge:
 
 def _own_model(recipe: LLMJudgeRecipe, open_model: OpenModel | None) -> tuple[str, Callable[[], Any]]:
     """What a judge's own model is, weights, tokenizer and template; and how it is opened."""
+    from selfplay.model_files import tokenizer_digest
     from selfplay.models import load_chat, local_model
     from selfplay.recipe_chat import ChatRecipe
-    from selfplay.store import tokenizer_digest, weights_digest
+    from selfplay.store import weights_digest
 
     assert open_model is not None
     folder = local_model(recipe.model, recipe.model_revision)

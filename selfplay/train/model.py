@@ -13,7 +13,8 @@ from torch import nn
 
 from selfplay.adapters import FOUR_BIT, base_folder, four_bit_source, is_adapter, load_adapter
 from selfplay.errors import AuditError, DataError
-from selfplay.store import TOKENIZER_FILES, weights_digest, write_folder
+from selfplay.model_files import TOKENIZER_FILES
+from selfplay.store import weights_digest, write_folder
 from selfplay.train import attention
 from selfplay.train.four_bit import load_quantized
 from selfplay.train.logps import TokenLogps
