@@ -4,6 +4,8 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from fractions import Fraction
+from itertools import permutations, product
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from test_pairs import SCORE, TEXT, group_of
 
 from selfplay.errors import DataError, JudgeError, SelfplayError
+from selfplay.judges.lift import win_rates
 from selfplay.pairs import (
     AllAboveMargin,
     BestVsRandom,
@@ -37,11 +40,13 @@ SCORED: dict[str, tuple[Make, int]] = {
     "top_k_vs_bottom_k": (lambda m, cut: TopKVsBottomK(2, m, None, cut, seed=5), 4),
     "all_above_margin": (lambda m, cut: AllAboveMargin(m, None, cut, seed=5), 15),
     "all_above_margin, 3 pairs": (lambda m, cut: AllAboveMargin(m, 3, cut, seed=5), 3),
-    "win_rates": (lambda m, cut: WinRates("order", BestVsWorst(m, 1, cut)), 1),
+    "win_rates, order": (lambda m, cut: WinRates("order", BestVsWorst(m, 1, cut)), 1),
+    "win_rates, bradley_terry": (lambda m, cut: WinRates("bradley_terry", BestVsWorst(m, 2, cut)), 2),
+    "win_rates, scores": (lambda m, cut: WinRates("scores", BestVsWorst(m, 2, cut)), 2),
 }
-# test_pairs.py asks this of best_vs_worst as far as it holds there: among equal gaps in length it takes the first
-DRAWN = {
-    **{name: make for name, (make, _) in SCORED.items() if name not in ("best_vs_worst", "win_rates")},
+WIN_RATES = ("order", "bradley_terry", "scores")
+STRATEGIES = {
+    **{name: make for name, (make, _) in SCORED.items()},
     "correct_vs_incorrect": lambda m, cut: CorrectVsIncorrect(0.5, 3, truncated=cut, seed=5),
     "correct_vs_incorrect, gold": lambda m, cut: CorrectVsIncorrect(0.5, 3, add_gold=True, truncated=cut, seed=5),
     "gold_vs_completion": lambda m, cut: GoldVsCompletion(2, "rejected" if cut == "judged" else cut, seed=5),
@@ -57,6 +62,13 @@ def judged(draw: st.DrawFn) -> tuple[Group, Judgement]:
         texts, gold=draw(st.sampled_from(["gold", "a", "b"])), cut=sorted(draw(st.sets(st.integers(0, 5))))
     )
     return group, Judgement("p", tuple(draw(st.lists(SCORE, min_size=len(texts), max_size=len(texts)))))
+
+
+def as_read(name: str, judgement: Judgement) -> Judgement:
+    """The judgement as this strategy reads one: as win rates in [0, 1], equal where the scores are, or as it is."""
+    if name != "win_rates, scores":
+        return judgement
+    return Judgement(judgement.prompt_id, tuple(None if s is None else (s + 10) / 20 for s in judgement.scores))
 
 
 def check_common(group: Group, judgement: Judgement, pairs: Sequence[PreferencePair], cut: str) -> None:
@@ -82,7 +94,7 @@ def check_common(group: Group, judgement: Judgement, pairs: Sequence[PreferenceP
 def test_a_scored_pair_reaches_the_margin_and_has_two_verdicts(
     name: str, cut: str, case: tuple[Group, Judgement], margin: float
 ) -> None:
-    (group, judgement), (make, most) = case, SCORED[name]
+    group, judgement, (make, most) = case[0], as_read(name, case[1]), SCORED[name]
     pairs = make(margin, cut).select(group, judgement)
     check_common(group, judgement, pairs, cut)
     assert len(pairs) <= most
@@ -94,33 +106,15 @@ def test_a_scored_pair_reaches_the_margin_and_has_two_verdicts(
         assert pair.margin >= margin - 1e-6
 
 
-@pytest.mark.parametrize("cut", CUTS)
-@pytest.mark.parametrize("name", DRAWN)
-@given(case=judged(), data=st.data())
-def test_the_order_of_the_completions_changes_no_pair(
-    name: str, cut: str, case: tuple[Group, Judgement], data: st.DataObject
-) -> None:
-    group, judgement = case
-    order = data.draw(st.permutations(range(len(group.completions))))
-    turned = dataclasses.replace(group, completions=tuple(group.completions[i] for i in order))
-    scores = Judgement("p", tuple(judgement.scores[i] for i in order))
-    selector = DRAWN[name](0.0, cut)
-
-    def said(pairs: Sequence[PreferencePair]) -> list[Any]:
-        return [(p.chosen, p.rejected, p.chosen_score, p.rejected_score) for p in pairs]
-
-    assert said(selector.select(turned, scores)) == said(selector.select(group, judgement))
-
-
-@pytest.mark.parametrize("name", DRAWN)
+@pytest.mark.parametrize("name", STRATEGIES)
 @given(cases=st.lists(judged(), max_size=4))
 def test_every_prompt_gives_pairs_or_a_reason(name: str, cases: list[tuple[Group, Judgement]]) -> None:
     groups = [
         dataclasses.replace(g, prompt=dataclasses.replace(g.prompt, id=f"p{n}")) for n, (g, _) in enumerate(cases)
     ]
-    judgements = [Judgement(f"p{n}", j.scores) for n, (_, j) in enumerate(cases)]
+    judgements = [Judgement(f"p{n}", as_read(name, j).scores) for n, (_, j) in enumerate(cases)]
     judged_by = None if name == "gold_vs_completion" else judgements
-    found = select_pairs(DRAWN[name](0.0, "drop"), groups, judged_by, round=2, judge="j")
+    found = select_pairs(STRATEGIES[name](0.0, "drop"), groups, judged_by, round=2, judge="j")
     paired = {pair.prompt_id for pair in found.pairs}
     assert sorted([*paired, *(drop.id for drop in found.drops)]) == [group.prompt.id for group in groups]
     assert all(drop.reason for drop in found.drops)
@@ -142,21 +136,49 @@ def test_length_control_takes_the_shortest_good_one_and_the_longest_bad_one() ->
     assert paired(BestVsWorst(min_margin=9.5, length_rho=0.2), scores, texts) == [(0, 4)]
 
 
-@given(case=judged(), rho=st.sampled_from([0.0, 0.32, 0.49]))
-def test_length_control_is_the_published_rule(case: tuple[Group, Judgement], rho: float) -> None:
-    group, judgement = case
-    found = [i for i, _ in enumerate(judgement.scores) if i in _plain(group, judgement)]
-    scores = {i: judgement.scores[i] or 0.0 for i in found}
-    length = [len(c.token_ids) for c in group.completions]
-    pairs = BestVsWorst(length_rho=rho).select(group, judgement)
-    if not scores or max(scores.values()) == min(scores.values()):
+RHOS = tuple(Fraction(rho) for rho in ("0", "0.1", "0.2", "0.25", "0.3", "0.32", "0.4", "0.49"))
+
+
+@st.composite
+def means(draw: st.DrawFn) -> tuple[list[str], list[Fraction]]:
+    """Texts of a few lengths, and their scores: means of some verdicts on 0..5."""
+    count = draw(st.sampled_from([1, 3, 5, 11]))
+    texts = draw(st.lists(st.sampled_from(["a", "bb", "cc", "ddd", "e" * 9]), min_size=2, max_size=5))
+    sums = draw(st.lists(st.integers(0, 5 * count), min_size=len(texts), max_size=len(texts)))
+    return texts, [Fraction(one, count) for one in sums]
+
+
+@given(case=means(), rho=st.sampled_from(RHOS))
+@example(case=(["aa", "bb", "c" * 20], [Fraction(48, 11), Fraction(23, 11), Fraction(31, 11)]), rho=Fraction("0.32"))
+@example(case=(["a" * 30, "bb", "c"], [Fraction(3), Fraction(1), Fraction("2.8")]), rho=Fraction("0.1"))
+def test_length_control_is_the_published_rule(case: tuple[list[str], list[Fraction]], rho: Fraction) -> None:
+    texts, exact = case
+    group, judgement = group_of(texts), Judgement("p", tuple(map(float, exact)))
+    found = _plain(group, judgement)
+    pairs = BestVsWorst(length_rho=float(rho)).select(group, judgement)
+    top, bottom = max(exact[i] for i in found), min(exact[i] for i in found)
+    if top == bottom:
         assert pairs == []
         return
-    top, bottom = max(scores.values()), min(scores.values())
-    good = [length[i] for i in found if scores[i] >= (1 - rho) * top + rho * bottom]
-    bad = [length[i] for i in found if scores[i] <= (1 - rho) * bottom + rho * top]
+    good = [len(texts[i]) for i in found if exact[i] >= (1 - rho) * top + rho * bottom]
+    bad = [len(texts[i]) for i in found if exact[i] <= (1 - rho) * bottom + rho * top]
     (pair,) = pairs
-    assert (len(pair.chosen_token_ids), len(pair.rejected_token_ids)) == (min(good), max(bad))
+    assert (len(pair.chosen[0].content), len(pair.rejected[0].content)) == (min(good), max(bad))
+
+
+@pytest.mark.parametrize("count", [1, 3, 5, 11], ids="{} verdicts".format)
+def test_a_score_exactly_on_a_threshold_of_length_control_is_inside(count: int) -> None:
+    num_on = 0
+    for best, worst, rho in product(range(5 * count + 1), range(5 * count + 1), RHOS):
+        on = Fraction(worst) + rho * (best - worst)  # of sums: the bound of those that may be rejected
+        if best <= worst or not rho or on.denominator != 1:
+            continue
+        num_on += 1
+        ends, selector = (best / count, worst / count), BestVsWorst(length_rho=float(rho))
+        assert paired(selector, (*ends, int(on) / count), ["aa", "bb", "c" * 20]) == [(0, 2)]
+        high = int(best - rho * (best - worst))
+        assert paired(selector, (*ends, high / count), ["a" * 30, "bb", "c"]) == [(2, 1)]
+    assert num_on > 2
 
 
 def _plain(group: Group, judgement: Judgement) -> list[int]:
@@ -211,6 +233,7 @@ def test_correct_and_incorrect_completions_are_paired_without_repeats() -> None:
     assert set(some) < every
     assert set(paired(CorrectVsIncorrect(add_gold=True), scores)) == every | {(None, 2), (None, 3), (None, 4)}
     assert paired(CorrectVsIncorrect(correct_score=0.5), (0.5, 0.4)) == [(0, 1)]
+    assert paired(CorrectVsIncorrect(correct_score=0.8), (0.7 + 0.1, 0.0)) == [(0, 1)]  # a hair below 0.8
 
 
 def test_the_gold_answer_helps_where_the_policy_always_fails() -> None:
@@ -273,14 +296,57 @@ def test_win_rates_are_means_over_the_group_with_a_half_for_itself() -> None:
     assert rates("bradley_terry", (2000.0, -2000.0)) == pytest.approx((0.75, 0.25))
 
 
-@given(case=judged(), kind=st.sampled_from(["order", "bradley_terry"]))
-def test_the_chosen_completion_has_the_higher_win_rate(case: tuple[Group, Judgement], kind: Any) -> None:
-    for pair in WinRates(kind).select(*case):
+@pytest.mark.parametrize("kind", WIN_RATES)
+@given(case=judged())
+def test_the_chosen_completion_has_the_higher_win_rate(kind: Any, case: tuple[Group, Judgement]) -> None:
+    group, judgement = case
+    for pair in WinRates(kind).select(group, as_read(f"win_rates, {kind}", judgement)):
         assert pair.chosen_win_rate is not None
         assert pair.rejected_win_rate is not None
         # not <= 1/2 <=: a better completion may be judged and unusable, for it is part of what the policy writes
         assert 0 <= pair.rejected_win_rate <= pair.chosen_win_rate <= 1
         assert kind != "order" or pair.rejected_win_rate < pair.chosen_win_rate
+
+
+@st.composite
+def compared(draw: st.DrawFn) -> tuple[Group, dict[tuple[int, int], float | None]]:
+    """A group and P(i beats j) as said when i was shown first; some comparisons have no verdict."""
+    group = group_of("abcdef"[: draw(st.integers(2, 6))])
+    said = st.sampled_from([None, None, 0.0, 0.3, 0.5, 1.0])
+    return group, {places: draw(said) for places in permutations(range(len(group.completions)), 2)}
+
+
+@given(case=compared())
+def test_win_rates_of_comparisons_of_which_some_are_missing_are_means_over_the_others(
+    case: tuple[Group, dict[tuple[int, int], float | None]],
+) -> None:
+    group, first_wins = case
+    judgement = win_rates(group, first_wins)
+    count = sum(score is not None for score in judgement.scores)
+    found = WinRates("scores").select(group, judgement)
+    known = [score for score in judgement.scores if score is not None]
+    assert bool(found) == (bool(known) and max(known) > min(known))
+    for pair in found:
+        ends = ((pair.chosen_index, pair.chosen_win_rate), (pair.rejected_index, pair.rejected_win_rate))
+        for index, rate in ends:
+            assert index is not None
+            # what each comparison says once its swap is undone; a contradiction is a tie
+            rates = []
+            for other in range(len(group.completions)):
+                forth, back = first_wins.get((index, other)), first_wins.get((other, index))
+                if forth is not None and back is not None:
+                    rates.append(0.5 if (forth - 0.5) * (back - 0.5) > 0 else (forth + 1 - back) / 2)
+            assert rate == pytest.approx(((count - 1) * sum(rates) / len(rates) + 0.5) / count)
+        assert 0 <= ends[1][1] < ends[0][1] <= 1  # type: ignore[operator]
+
+
+def test_a_missing_comparison_leaves_the_better_completion_the_higher_rate() -> None:
+    # 0 met 1 alone and won; 1 and 2 met everyone: of 3 rates on 2 others each, 0's only one stands for both
+    first_wins: dict[tuple[int, int], float | None] = {(0, 1): 1.0, (1, 0): 0.0, (1, 2): 1.0, (2, 1): 0.0, (0, 2): None}
+    group = group_of("abc")
+    (pair,) = WinRates("scores").select(group, win_rates(group, first_wins))
+    assert (pair.chosen_index, pair.rejected_index) == (0, 2)
+    assert (pair.chosen_win_rate, pair.rejected_win_rate) == pytest.approx((2.5 / 3, 0.5 / 3))
 
 
 def test_scores_that_are_no_win_rates_are_refused() -> None:
