@@ -29,7 +29,8 @@ class NearDuplicates:
     """Of pairs with a similarity of at least `threshold` one goes on, the newest round's; within a round that of a prompt
     which is drawn, and of one prompt the first. The similarity of two pairs is the smallest of three Jaccard similarities of
     token n-gram sets: of their prompts, their chosen and their rejected completions. So pairs that share a prompt and a chosen
-    completion are near duplicates only where their rejected ones are alike too. Threshold 1 drops pairs whose n-gram sets are all equal.
+    completion are near duplicates only where their rejected ones are alike too. Threshold 1 drops pairs whose n-gram sets are
+    all equal.
     """
 
     ngram: int = 3
