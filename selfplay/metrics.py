@@ -26,6 +26,7 @@ PANEL_KEYS = (
     "greedy_on_topic",
     "greedy_mean_length",
     "num_unjudged",
+    "win_rate_against",  # whose completions a score is a win rate against; None where it is a score of its own
 )
 GAINS = ("gain", "greedy_gain")
 
@@ -165,6 +166,10 @@ def _compare(runs: Sequence[Path], source: str | None) -> dict[str, Any]:
         row = {"run": str(run), "seed": recipe["seed"], "num_rounds": len(played)}
         row |= {"initial": _panel_figures(before), "last": _panel_figures(after)}
         rows.append(row | {k: v for k, v in figures.items() if "gain" in k})
+    if len({row["last"]["win_rate_against"] for row in rows}) > 1:
+        raise DataError(
+            "some of these panels are scored and some are win rates, which can't be compared: take runs of one judge"
+        )
     found: dict[str, Any] = {"runs": rows}
     for name, both in panels.items():
         gain = pooled_gain([b for b, _ in both], [a for _, a in both])
@@ -245,7 +250,9 @@ def _scores(panel: Mapping[str, Any]) -> list[str]:
     parts = []
     if panel["heldout_score"] is not None:
         low, high = panel["heldout_interval"]
-        parts.append(f"held-out {panel['heldout_score']:.3f} [{low:.3f}, {high:.3f}]")
+        against = panel.get("win_rate_against")
+        what = f"win rate against the {against}" if against else "held-out"
+        parts.append(f"{what} {panel['heldout_score']:.3f} [{low:.3f}, {high:.3f}]")
     if panel["heldout_greedy"] is not None:
         parts.append(f"greedy {panel['heldout_greedy']:.3f}")
     if missing := unjudged_share(panel):

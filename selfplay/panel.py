@@ -7,6 +7,7 @@ from typing import Any
 
 from selfplay import store
 from selfplay.evaluate import panel_figures
+from selfplay.judges.against import EVEN, OPPONENT, compares, identity_against
 from selfplay.progress import Reporter
 from selfplay.protocols import Generator, Judge, JudgeContext
 from selfplay.recipe import Recipe
@@ -24,14 +25,27 @@ class HeldOut:
     prompts: Sequence[Prompt]
     judge: Judge | None
 
+    @property
+    def compares(self) -> bool:
+        """Whether scores are win rates against the initial policy, whose own is 1/2 and asks nobody."""
+        return compares(self.judge)
+
+    @property
+    def judge_identity(self) -> str | None:
+        """What the scores of its panel depend on."""
+        if self.judge is None:
+            return None
+        return identity_against(self.judge) if self.compares else self.judge.identity
+
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """The same prompts and seeds for every policy. `round` is -1 for the initial policy."""
+    """The same prompts and seeds for every policy. `round` is -1 for the initial policy, whose panel lies in `initial`."""
 
     recipe: Recipe
     sources: tuple[HeldOut, ...]  # those that hold any prompts out
     report: Reporter
+    initial: Path
 
     def sampling(self, *, between: bool) -> Sampling:
         """Untruncated sampling at the panel's temperature; the rounds between may get fewer completions."""
@@ -61,20 +75,28 @@ class Panel:
                     self._groups(source, generator, folder, name, sampling, round)
 
     def judge_all(self, generator: Generator, folder: Path, *, round: int, between: bool) -> None:
-        """The scores of the panel's completions. Nothing where there is no judge, or they are all there."""
-        if (folder / "eval.json").exists() or all(source.judge is None for source in self.sources):
+        """The scores of the panel's completions. Nothing where there is no judge, or they are all there; a judge that compares
+        is asked about no completion of the initial policy, with which it compares all others.
+        """
+        judged = [one for one in self.sources if one.judge is not None and not (round < 0 and one.compares)]
+        if (folder / "eval.json").exists() or not judged:
             return
         context = JudgeContext(round, derive_seed(self.recipe.seed, "panel judge"), generator)
         asked = []
         with timed(folder, "panel judge"):
-            for source in self.sources:
+            for source in judged:
+                assert source.judge is not None
                 for name, sampling in self.draws(between=between).items():
-                    if source.judge is not None:
-                        groups = self._groups(source, generator, folder, name, sampling, round)
-                        judgements = folder / "heldout" / source.name / f"{name}-judgements"
-                        label = f"judging the panel, {_named(name, source)}"
-                        asked.append(Judging(source.judge, groups, judgements, label))
+                    groups = self._groups(source, generator, folder, name, sampling, round)
+                    judgements = folder / "heldout" / source.name / f"{name}-judgements"
+                    label = f"judging the panel, {_named(name, source)}"
+                    against = self.opponents(source, name) if source.compares else None
+                    asked.append(Judging(source.judge, groups, judgements, label, against=against))
             judge_each(asked, context, self.report)
+
+    def opponents(self, source: HeldOut, name: str) -> Sequence[Group]:
+        """What the initial policy wrote, in the draw of that name."""
+        return Records(Group, shards(self.initial / "heldout" / source.name / name))
 
     def _groups(
         self, source: HeldOut, generator: Generator, folder: Path, name: str, sampling: Sampling, round: int
@@ -91,23 +113,25 @@ class Panel:
         if not path.exists():
             with timed(folder, "kl"):
                 kl = 0.0 if is_initial else self._kl(folder / "heldout", initial)
-            store.write_json(path, self._all_figures(folder / "heldout", kl))
+            store.write_json(path, self._all_figures(folder / "heldout", kl, is_initial=is_initial))
         found: dict[str, Any] = store.read_json(path)
         return found
 
-    def _all_figures(self, heldout: Path, kl: float | None) -> dict[str, Any]:
+    def _all_figures(self, heldout: Path, kl: float | None, *, is_initial: bool) -> dict[str, Any]:
         """Of all held-out prompts; several sources have figures of their own beside them, and their scores there alone, since
         judges may score on different scales. KL is of all.
         """
         if [source.name for source in self.sources] == [""]:
-            return self._figures(heldout, self.sources, kl, judged=True)
-        own = {source.name: self._figures(heldout, [source], None, judged=True) for source in self.sources}
-        return self._figures(heldout, self.sources, kl, judged=False) | {"sources": own}
+            return self._figures(heldout, self.sources[0], kl, is_initial=is_initial)
+        own = {one.name: self._figures(heldout, one, None, is_initial=is_initial) for one in self.sources}
+        groups = [_read_groups(heldout, self.sources, name) for name in ("temperature", "greedy")]
+        figures = panel_figures(groups[0], None, groups[1], None, kl=kl, temperature=self.recipe.evaluate.temperature)
+        return figures | {"sources": own}
 
-    def _figures(self, heldout: Path, sources: Sequence[HeldOut], kl: float | None, *, judged: bool) -> dict[str, Any]:
-        groups, judgements = self._read(heldout, "temperature", sources, judged=judged)
-        greedy_groups, greedy_judgements = self._read(heldout, "greedy", sources, judged=judged)
-        return panel_figures(
+    def _figures(self, heldout: Path, source: HeldOut, kl: float | None, *, is_initial: bool) -> dict[str, Any]:
+        groups, judgements = _read(heldout, "temperature", source, is_initial=is_initial)
+        greedy_groups, greedy_judgements = _read(heldout, "greedy", source, is_initial=is_initial)
+        figures = panel_figures(
             groups,
             judgements,
             greedy_groups,
@@ -115,6 +139,7 @@ class Panel:
             kl=kl,
             temperature=self.recipe.evaluate.temperature,
         )
+        return figures | ({"win_rate_against": OPPONENT} if source.compares else {})
 
     def _kl(self, heldout: Path, initial: Path) -> float | None:
         # at another temperature the engine's raw logps are no expectation under the policy
@@ -129,15 +154,20 @@ class Panel:
         kl: float | None = result["kl"]
         return kl
 
-    def _read(
-        self, heldout: Path, name: str, sources: Sequence[HeldOut], *, judged: bool
-    ) -> tuple[Sequence[Group], Sequence[Judgement] | None]:
-        folders = [heldout / source.name for source in sources]
-        groups = Records(Group, [path for folder in folders for path in shards(folder / name)])
-        if not judged or not groups or any(source.judge is None for source in sources):
-            return groups, None
-        paths = [path for folder in folders for path in shards(folder / f"{name}-judgements")]
-        return groups, Records(Judgement, paths)
+
+def _read_groups(heldout: Path, sources: Sequence[HeldOut], name: str) -> Sequence[Group]:
+    return Records(Group, [path for source in sources for path in shards(heldout / source.name / name)])
+
+
+def _read(
+    heldout: Path, name: str, source: HeldOut, *, is_initial: bool
+) -> tuple[Sequence[Group], Sequence[Judgement] | None]:
+    groups = _read_groups(heldout, [source], name)
+    if not groups or source.judge is None:
+        return groups, None
+    if is_initial and source.compares:
+        return groups, [Judgement(group.prompt.id, (EVEN,) * len(group.completions)) for group in groups]
+    return groups, Records(Judgement, shards(heldout / source.name / f"{name}-judgements"))
 
 
 def _named(draw: str, source: HeldOut) -> str:

@@ -9,6 +9,7 @@ from selfplay.chat import Chat
 from selfplay.errors import RecipeError, SelfplayError
 from selfplay.filters import NamedFilter, Programs, load_programs
 from selfplay.judges import make_judge
+from selfplay.judges.against import measuring
 from selfplay.judges.lift import function_identity
 from selfplay.judges.python import own_judge
 from selfplay.judges.win_rate_scale import check_win_rate_scale
@@ -123,8 +124,9 @@ def open_sources(
         judge = panel_judge = mine.judge if mine.judge is not None else opened(view.judge)
         if mine.judge is None or view.evaluate.judge is not None:
             panel_judge = opened_for_panel(view)
-            if panel_judge is None and judge is not None and pool.heldout:
-                report.note(f"{_panel_of(name)}: no scores; {_WHY_NO_SCORE}")
+        panel_judge = measuring(panel_judge, named=view.evaluate.judge is not None)
+        if panel_judge is None and judge is not None and pool.heldout:
+            report.note(f"{_panel_of(name)}: no scores; {_WHY_NO_SCORE}")
         calibration = [] if mine.judge is not None else require_trust("judge", view, judge, folder, report)
         require_trust("evaluate.judge", view, panel_judge, folder, report)
         # what a judge of the user's own would make of canaries nobody knows, so it sees those alone that are asked for
@@ -138,7 +140,8 @@ def open_sources(
 
 
 _WHY_NO_SCORE = (
-    "each policy would mark its own work, or scores are relative within a prompt; name another judge in evaluate.judge"
+    "each policy would mark its own work, or scores are relative within a prompt, or win rates would be added to scores; name "
+    "another judge in evaluate.judge"
 )
 
 

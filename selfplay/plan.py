@@ -12,12 +12,13 @@ from rich.console import Console
 from rich.table import Table
 
 from selfplay.changes import continued, read_recipe
+from selfplay.judges.against import check_measuring
 from selfplay.judges.win_rate_scale import check_win_rate_scale
 from selfplay.models import resolve_auto
 from selfplay.plan_machine import this_machine
 from selfplay.plan_memory import Phase, memory_lines, not_known, phases
 from selfplay.plan_models import find_model, model_facts
-from selfplay.plan_source import SourcePlan, plan_source
+from selfplay.plan_source import SourcePlan, comparisons, plan_source
 from selfplay.pool_checks import check_calibration, check_pool
 from selfplay.prompts import PromptPool
 from selfplay.recipe import Recipe
@@ -88,6 +89,7 @@ def make_plan(recipe: Recipe, out: Path, devices: Devices | None = None) -> Plan
     recipe.check_win_rates()
     recipe.for_each(lambda _, view: check_win_rate_scale(view))
     check_reward_models(recipe)
+    check_measuring(recipe)
     if (out / "recipe.yaml").exists():
         continued(recipe, read_recipe(out), out)
     recipe = _with_generator(recipe)
@@ -204,6 +206,9 @@ def print_plan(plan: Plan, console: Console) -> None:
             console.print(line, markup=False, soft_wrap=True)
     console.print()
     print_table("work, at most", _work_table(plan), console)
+    for name, view in plan.recipe.by_source.items():
+        if asked := comparisons(view, len(plan.pools[name].heldout[: plan.recipe.evaluate.num_prompts])):
+            console.print(f"panels{f' of {name}' if name else ''}: {asked}", soft_wrap=True)
     for line in memory_lines(plan.memory):
         console.print(line, markup=False, soft_wrap=True)
     _print_disk(plan, console)

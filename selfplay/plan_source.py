@@ -4,11 +4,12 @@ from dataclasses import dataclass
 
 from selfplay.canaries import WHAT
 from selfplay.filters import make_mix
+from selfplay.judges.against import OPPONENT, recipe_compares
 from selfplay.labelled import labelled_rows
 from selfplay.prompts import PromptPool
 from selfplay.recipe import SourceView
 from selfplay.recipe_filters import MixPreviousRecipe
-from selfplay.recipe_judges import ApiJudgeRecipe, LLMJudgeRecipe, judges_in
+from selfplay.recipe_judges import ApiJudgeRecipe, LLMJudgeRecipe, OneJudge, judges_in
 from selfplay.recipe_values import at_round
 
 
@@ -59,14 +60,28 @@ def _audit(recipe: SourceView, num_prompts: int, num_completions: int) -> str:
         num_labelled = len(labelled_rows(recipe.audit.calibration, recipe.prompts)[0])
     if not prompts and not num_labelled:
         return ""
-    several = sum(
-        one.num_verdicts if isinstance(one, LLMJudgeRecipe | ApiJudgeRecipe) else 1 for one in judges_in(recipe.judge)
-    )
+    several = sum(_num_verdicts(one) for one in judges_in(recipe.judge))
     times = f" x {several} verdicts" if several > 1 else ""
     shown = [f"{len(WHAT)} canaries for each of {prompts} prompts"] if prompts else []
     shown += [f"{num_labelled} labelled pairs"] if num_labelled else []
     count = 2 * (len(WHAT) * prompts + num_labelled)
     return f"{' and '.join(shown)}, {count} completions to judge{times}, beside {num_prompts * num_completions}"
+
+
+def comparisons(recipe: SourceView, num_prompts: int) -> str:
+    """What judging the panels takes where the judge compares; empty where it scores. The initial policy's own takes nothing."""
+    if not num_prompts or not recipe_compares(recipe.heldout_judge):
+        return ""
+    evaluate = recipe.evaluate
+    between = evaluate.num_completions_between or evaluate.num_completions
+    of_each = evaluate.num_completions + (recipe.rounds - 1) * between + recipe.rounds * evaluate.greedy
+    count = num_prompts * of_each
+    verdicts = 2 * count * sum(_num_verdicts(one) for one in judges_in(recipe.heldout_judge))
+    return f"{count:,} comparisons with completions of the {OPPONENT}, {verdicts:,} verdicts"
+
+
+def _num_verdicts(judge: OneJudge) -> int:
+    return judge.num_verdicts if isinstance(judge, LLMJudgeRecipe | ApiJudgeRecipe) else 1
 
 
 def _most_pairs(recipe: SourceView, num_prompts: list[int]) -> int:

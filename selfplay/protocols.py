@@ -65,6 +65,18 @@ class CountingJudge(Protocol):
 
 
 @runtime_checkable
+class ComparingJudge(Protocol):
+    """A judge that may compare the completions of a group with each other, instead of scoring each by itself."""
+
+    @property
+    def compares(self) -> bool:
+        """Whether its scores are win rates in [0, 1] among the completions of a group, which say nothing from one policy to
+        another. On the panel such a judge compares with the initial policy: it is shown groups of two.
+        """
+        ...
+
+
+@runtime_checkable
 class PairSelector(Protocol):
     def select(self, group: Group, judgement: Judgement | None) -> Sequence[PreferencePair]:
         """The pairs of one group; none is fine. `judgement` is None only where the recipe has no judge."""

@@ -17,6 +17,7 @@ from rich.text import Text
 from selfplay import store
 from selfplay.evaluate import unjudged_share
 from selfplay.recipe_file import parse_yaml
+from selfplay.report_measure import print_measure
 
 PLAIN_WIDTH = 110  # columns of a table that goes to a file or a pipe
 MAX_SHOWN = 900  # characters of one completion
@@ -120,11 +121,13 @@ def print_panel(figures: Mapping[str, Any], console: Console, *, temperature: fl
     """The held-out panel: a row for the initial policy and one for each round's, and below it one for each source."""
     rows = [part for name, row in (("initial", figures["initial"]), *_policies(figures)) for part in _parts(name, row)]
     print_table(_panel_title(temperature), panel_table(rows), console)
+    print_measure(figures["initial"], console)
 
 
 def print_policy(name: str, figures: Mapping[str, Any], console: Console, *, temperature: float) -> None:
     """The held-out panel of one policy; `figures` is its eval.json."""
     print_table(_panel_title(temperature), panel_table(_parts(safe_text(name), figures)), console)
+    print_measure(figures, console)
 
 
 def _parts(name: str, figures: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:

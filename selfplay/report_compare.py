@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from selfplay.report import interval, make_table, number, print_alarm, print_table, safe_text
+from selfplay.report_measure import print_measure
 
 
 def print_comparison(found: Mapping[str, Any], console: Console) -> None:
@@ -38,6 +39,7 @@ def _print_compared_runs(found: Mapping[str, Any], whose: str, console: Console)
             change("mean_length", 0),
         )
     print_table(f"the initial and the last policy of each run, on the held-out prompts{whose}", table, console)
+    print_measure(found["runs"][0]["last"], console)
     for row in found["runs"]:
         name = safe_text(Path(row["run"]).name)
         shares = [row[which]["unjudged"] for which in ("initial", "last")]

@@ -27,11 +27,11 @@ def print_compared(run: Path, figures: Mapping[str, Any], console: Console, *, c
         "Of each policy the first completion is shown, with its score."
     )
     for id in ids:
-        prompt, first, first_score = before[id]
-        _, last, last_score = after[id]
+        prompt, first, first_said = before[id]
+        _, last, last_said = after[id]
         table = Table(expand=True, padding=(0, 2))
-        table.add_column(f"initial policy, score {number(first_score, 2)}", ratio=1)
-        table.add_column(f"policy of round {finished[-1]}, score {number(last_score, 2)}", ratio=1)
+        table.add_column(f"initial policy{first_said}", ratio=1)
+        table.add_column(f"policy of round {finished[-1]}{last_said}", ratio=1)
         table.add_row(_marked(first), _marked(last))
         print_table(f"prompt: {shown(prompt.text, 400)}", table, console)
 
@@ -41,19 +41,23 @@ def _marked(completion: Completion) -> Text:
     return text + Text(" [cut at max_tokens]") if completion.finish_reason == "length" else text
 
 
-def _panel(folder: Path) -> dict[str, tuple[Prompt, Completion, float | None]]:
-    """Prompt, first completion and its score, by prompt id."""
+def _panel(folder: Path) -> dict[str, tuple[Prompt, Completion, str]]:
+    """Prompt, first completion and what to say of its score, by prompt id."""
     found = {}
+    figures = store.read_json(folder / "eval.json")
     for path in sorted(
         (folder / "heldout").rglob("temperature/*.jsonl")
     ):  # below the name of its source, if it has one
         groups = store.read_records(path, Group)
         judged = path.parent.with_name("temperature-judgements") / path.name
-        scores: list[float | None] = [None] * len(groups)
+        own = figures.get("sources", {}).get(path.parent.parent.name, figures)
+        compared = own.get("win_rate_against") is not None
+        said = ["" if compared else f", score {number(None)}"] * len(groups)  # compared with itself nobody is
         if judged.exists():
-            scores = [judgement.scores[0] for judgement in store.read_records(judged, Judgement)]
-        for group, score in zip(groups, scores, strict=True):
-            found[group.prompt.id] = (group.prompt, group.completions[0], score)
+            what = "win rate" if compared else "score"
+            said = [f", {what} {number(judgement.scores[0], 2)}" for judgement in store.read_records(judged, Judgement)]
+        for group, one in zip(groups, said, strict=True):
+            found[group.prompt.id] = (group.prompt, group.completions[0], one)
     return found
 
 

@@ -138,7 +138,7 @@ def start_run(
         store.rewrite(folder / "recipe.yaml", dump_recipe(recipe).encode())
     if old is None and recipe.generator.kind == "vllm":
         import_trainer()
-    panel = Panel(recipe, tuple(one for one in heldout if one.prompts), report)
+    panel = Panel(recipe, tuple(one for one in heldout if one.prompts), report, folder / "initial")
     return Run(folder, recipe, initial, reference, chat, sources, panel, report, devices)
 
 
@@ -158,7 +158,7 @@ def _identity(
         "chat": hashlib.sha256(chat.template_digest_text.encode()).hexdigest(),
         "prompts": plain({one.name: one.pool.digest for one in sources}),
         "judge": plain({one.name: _of(one.judge) for one in sources}),
-        "heldout_judge": plain({one.name: _of(one.judge) for one in heldout}),
+        "heldout_judge": plain({one.name: one.judge_identity for one in heldout}),
         "selector": plain(selectors),
         "filters": plain(filters),
     }

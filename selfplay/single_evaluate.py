@@ -6,22 +6,27 @@ from typing import Any
 
 from selfplay import store
 from selfplay.errors import RecipeError
+from selfplay.judges.against import measuring
 from selfplay.models import load_chat, local_model, named_model, open_generator, prompt_room, resolve_auto
+from selfplay.panel import HeldOut, Panel
 from selfplay.parts import note_drops
 from selfplay.progress import Reporter
 from selfplay.protocols import Judge
 from selfplay.recipe import Recipe, SourceView
 from selfplay.single import claimed, engine_identity, open_judge, prompts_digest, text_digest
+from selfplay.single_against import opponents_identity
 from selfplay.sources import load_pools, plain, record_pools
 from selfplay.train.four_bit import playable
 from selfplay.trust import require_trust
 from selfplay.types import derive_seed
 
 
-def evaluate(recipe: Recipe, model: str, out: Path, *, allow_code: bool, report: Reporter) -> dict[str, Any]:
-    """The held-out panel of a model, as in eval.json; its KL is to the recipe's own model."""
-    from selfplay.panel import HeldOut, Panel
-
+def evaluate(
+    recipe: Recipe, model: str, out: Path, *, allow_code: bool, report: Reporter, against: Path | None = None
+) -> dict[str, Any]:
+    """The held-out panel of a model, as in eval.json; its KL is to the recipe's own model. So is its win rate where the judge
+    compares: `against` is the folder of that model's panel, of a run (RUN/initial) or of `evaluate`.
+    """
     recipe = resolve_auto(recipe)
     folder, initial = named_model(recipe, model), local_model(recipe.model, recipe.model_revision)
     chat = load_chat(str(folder), recipe.chat)
@@ -31,11 +36,12 @@ def evaluate(recipe: Recipe, model: str, out: Path, *, allow_code: bool, report:
     for name, view in recipe.by_source.items():
         prompts, asked = pools[name].heldout[: recipe.evaluate.num_prompts], view.heldout_judge
         judge = open_judge(recipe, asked, allow_code=allow_code, made=made) if asked is not None else None
+        judge = measuring(judge, named=view.evaluate.judge is not None)
         heldout += [HeldOut(name, prompts, judge)] if prompts else []
     if not heldout:
         raise RecipeError("prompts.heldout: the recipe holds no prompts out, so there is nothing to evaluate on")
     judges = {one.name: one.judge for one in heldout}
-    panel = Panel(recipe, tuple(heldout), report)
+    panel = Panel(recipe, tuple(heldout), report, out if against is None else against)
     digests = store.weights_digest(folder), store.weights_digest(initial)
     identity: dict[str, Any] = {
         "stage": "evaluate",
@@ -43,7 +49,7 @@ def evaluate(recipe: Recipe, model: str, out: Path, *, allow_code: bool, report:
         "initial": digests[1],
         "chat": text_digest(chat.template_digest_text),
         "prompts": prompts_digest({one.name: one.prompts for one in heldout}),
-        "judge": plain({name: one.identity if one is not None else None for name, one in judges.items()}),
+        "judge": plain({one.name: one.judge_identity for one in heldout}),
         "sampling": asdict(panel.sampling(between=False)),
         "generator": engine_identity(recipe),
         "greedy": recipe.evaluate.greedy,
@@ -52,6 +58,7 @@ def evaluate(recipe: Recipe, model: str, out: Path, *, allow_code: bool, report:
     is_initial = digests[0] == digests[1]
     if recipe.train.lora is not None and recipe.train.lora.load_in_4bit:
         identity["load_in_4bit"] = True
+    identity |= opponents_identity(panel, against, identity, chat)
     with claimed(out, identity, report):
         note_drops(pools, report)
         record_pools(pools, out)

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from selfplay import store
 from selfplay.errors import GeneratorError, StorageError
 from selfplay.generators.generator import EngineGenerator
+from selfplay.judges.against import Against
 from selfplay.judges.combine import Combine, Combined
 from selfplay.judges.contract import judge_checked
 from selfplay.judges.journal import USAGE
@@ -178,7 +179,8 @@ def _counted_from(advance: Advance, before: int) -> Advance:
 @dataclass(frozen=True, slots=True)
 class Judging:
     """Groups that a judge is asked about, the folder of its judgements, what to call that, and what to do with them while a
-    judge with a model of its own still has it.
+    judge with a model of its own still has it. `against` are groups whose completions theirs are compared with, where it is a
+    judge that compares.
     """
 
     judge: Judge
@@ -186,6 +188,7 @@ class Judging:
     folder: Path
     name: str
     then: Callable[[Sequence[Judgement]], None] | None = None
+    against: Sequence[Group] | None = None
 
 
 def judge_each(
@@ -200,7 +203,8 @@ def judge_each(
 
     def judged(judge: Judge, one: Judging) -> None:
         with timed(*seconds) if seconds is not None else contextlib.nullcontext():
-            found[one.folder] = judge_groups(judge, one.groups, context, one.folder, report, one.name)
+            asked = judge if one.against is None or isinstance(judge, Combined) else Against(judge, one.against)
+            found[one.folder] = judge_groups(asked, one.groups, context, one.folder, report, one.name)
 
     for judge in sorted({id(one.judge): one.judge for one in single}.values(), key=has_own_model):
         mine = [one for one in single if one.judge is judge]
@@ -230,7 +234,9 @@ def _parts(one: Judging) -> list[Judging]:
     if not isinstance(one.judge, Combine):
         return [one]
     return [
-        Judging(member.judge, one.groups, member_folder(one.folder, n), f"{one.name}, {member.name}")
+        Judging(
+            member.judge, one.groups, member_folder(one.folder, n), f"{one.name}, {member.name}", against=one.against
+        )
         for n, member in enumerate(one.judge.members)
     ]
 

@@ -33,6 +33,22 @@ def check_target(target: str, key: str) -> None:
         raise RecipeError(f"{where}: {path.name} has no {name!r}" + (f'; did you mean "{close[0]}"?' if close else ""))
 
 
+def num_parameters(target: str) -> int | None:
+    """How many parameters without a default the function has that `target` names; None where the module's own lines define none
+    of that name, or it can't be read.
+    """
+    place, _, name = target.rpartition(":")
+    try:
+        path = Path(place) if place.endswith(".py") else _source(place, target)
+        tree = ast.parse(path.read_bytes(), str(path))
+    except (RecipeError, SyntaxError, ValueError, OSError):
+        return None
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == name:
+            return len(node.args.posonlyargs) + len(node.args.args) - len(node.args.defaults)
+    return None
+
+
 def _source(module: str, where: str) -> Path:
     """The file of a module. No package is imported on the way, as `find_spec` would of a dotted name."""
     head, *rest = module.split(".")

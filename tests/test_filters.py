@@ -21,7 +21,7 @@ from selfplay.filters.near_duplicates import NearDuplicates, jaccard, ngrams
 from selfplay.protocols import FilterContext, PairFilter
 from selfplay.recipe_filters import PythonFilterRecipe
 from selfplay.recipe_pairs import BestVsWorstRecipe
-from selfplay.types import Message, PreferencePair
+from selfplay.types import Message, PreferencePair, derive_seed
 
 NOTHING = FilterContext()
 
@@ -116,7 +116,7 @@ def test_near_duplicates_are_those_that_comparing_every_two_pairs_finds(
     pairs: list[PreferencePair], n: int, threshold: float
 ) -> None:
     kept: list[PreferencePair] = []
-    for one in sorted(pairs, key=lambda p: -p.origin_round):
+    for one in sorted(pairs, key=lambda p: (-p.origin_round, derive_seed(0, "near duplicates", p.prompt_id))):
         if all(similarity(one, other, n) < threshold for other in kept):
             kept.append(one)
     found = NearDuplicates(n, threshold)(pairs, NOTHING)

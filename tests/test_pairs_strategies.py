@@ -1,9 +1,10 @@
 """Every pairing strategy: what holds for all, and what each alone promises."""
 
 import dataclasses
-import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from fractions import Fraction
+from itertools import product
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from test_pairs import SCORE, TEXT, group_of
 
-from selfplay.errors import DataError, JudgeError, SelfplayError
+from selfplay.errors import DataError, SelfplayError
 from selfplay.pairs import (
     AllAboveMargin,
     BestVsRandom,
@@ -37,11 +38,12 @@ SCORED: dict[str, tuple[Make, int]] = {
     "top_k_vs_bottom_k": (lambda m, cut: TopKVsBottomK(2, m, None, cut, seed=5), 4),
     "all_above_margin": (lambda m, cut: AllAboveMargin(m, None, cut, seed=5), 15),
     "all_above_margin, 3 pairs": (lambda m, cut: AllAboveMargin(m, 3, cut, seed=5), 3),
-    "win_rates": (lambda m, cut: WinRates("order", BestVsWorst(m, 1, cut)), 1),
+    "win_rates, order": (lambda m, cut: WinRates("order", BestVsWorst(m, 1, cut)), 1),
+    "win_rates, bradley_terry": (lambda m, cut: WinRates("bradley_terry", BestVsWorst(m, 2, cut)), 2),
+    "win_rates, scores": (lambda m, cut: WinRates("scores", BestVsWorst(m, 2, cut)), 2),
 }
-# test_pairs.py asks this of best_vs_worst as far as it holds there: among equal gaps in length it takes the first
-DRAWN = {
-    **{name: make for name, (make, _) in SCORED.items() if name not in ("best_vs_worst", "win_rates")},
+STRATEGIES = {
+    **{name: make for name, (make, _) in SCORED.items()},
     "correct_vs_incorrect": lambda m, cut: CorrectVsIncorrect(0.5, 3, truncated=cut, seed=5),
     "correct_vs_incorrect, gold": lambda m, cut: CorrectVsIncorrect(0.5, 3, add_gold=True, truncated=cut, seed=5),
     "gold_vs_completion": lambda m, cut: GoldVsCompletion(2, "rejected" if cut == "judged" else cut, seed=5),
@@ -57,6 +59,13 @@ def judged(draw: st.DrawFn) -> tuple[Group, Judgement]:
         texts, gold=draw(st.sampled_from(["gold", "a", "b"])), cut=sorted(draw(st.sets(st.integers(0, 5))))
     )
     return group, Judgement("p", tuple(draw(st.lists(SCORE, min_size=len(texts), max_size=len(texts)))))
+
+
+def as_read(name: str, judgement: Judgement) -> Judgement:
+    """The judgement as this strategy reads one: as win rates in [0, 1], equal where the scores are, or as it is."""
+    if name != "win_rates, scores":
+        return judgement
+    return Judgement(judgement.prompt_id, tuple(None if s is None else (s + 10) / 20 for s in judgement.scores))
 
 
 def check_common(group: Group, judgement: Judgement, pairs: Sequence[PreferencePair], cut: str) -> None:
@@ -82,7 +91,7 @@ def check_common(group: Group, judgement: Judgement, pairs: Sequence[PreferenceP
 def test_a_scored_pair_reaches_the_margin_and_has_two_verdicts(
     name: str, cut: str, case: tuple[Group, Judgement], margin: float
 ) -> None:
-    (group, judgement), (make, most) = case, SCORED[name]
+    group, judgement, (make, most) = case[0], as_read(name, case[1]), SCORED[name]
     pairs = make(margin, cut).select(group, judgement)
     check_common(group, judgement, pairs, cut)
     assert len(pairs) <= most
@@ -94,33 +103,15 @@ def test_a_scored_pair_reaches_the_margin_and_has_two_verdicts(
         assert pair.margin >= margin - 1e-6
 
 
-@pytest.mark.parametrize("cut", CUTS)
-@pytest.mark.parametrize("name", DRAWN)
-@given(case=judged(), data=st.data())
-def test_the_order_of_the_completions_changes_no_pair(
-    name: str, cut: str, case: tuple[Group, Judgement], data: st.DataObject
-) -> None:
-    group, judgement = case
-    order = data.draw(st.permutations(range(len(group.completions))))
-    turned = dataclasses.replace(group, completions=tuple(group.completions[i] for i in order))
-    scores = Judgement("p", tuple(judgement.scores[i] for i in order))
-    selector = DRAWN[name](0.0, cut)
-
-    def said(pairs: Sequence[PreferencePair]) -> list[Any]:
-        return [(p.chosen, p.rejected, p.chosen_score, p.rejected_score) for p in pairs]
-
-    assert said(selector.select(turned, scores)) == said(selector.select(group, judgement))
-
-
-@pytest.mark.parametrize("name", DRAWN)
+@pytest.mark.parametrize("name", STRATEGIES)
 @given(cases=st.lists(judged(), max_size=4))
 def test_every_prompt_gives_pairs_or_a_reason(name: str, cases: list[tuple[Group, Judgement]]) -> None:
     groups = [
         dataclasses.replace(g, prompt=dataclasses.replace(g.prompt, id=f"p{n}")) for n, (g, _) in enumerate(cases)
     ]
-    judgements = [Judgement(f"p{n}", j.scores) for n, (_, j) in enumerate(cases)]
+    judgements = [Judgement(f"p{n}", as_read(name, j).scores) for n, (_, j) in enumerate(cases)]
     judged_by = None if name == "gold_vs_completion" else judgements
-    found = select_pairs(DRAWN[name](0.0, "drop"), groups, judged_by, round=2, judge="j")
+    found = select_pairs(STRATEGIES[name](0.0, "drop"), groups, judged_by, round=2, judge="j")
     paired = {pair.prompt_id for pair in found.pairs}
     assert sorted([*paired, *(drop.id for drop in found.drops)]) == [group.prompt.id for group in groups]
     assert all(drop.reason for drop in found.drops)
@@ -142,21 +133,49 @@ def test_length_control_takes_the_shortest_good_one_and_the_longest_bad_one() ->
     assert paired(BestVsWorst(min_margin=9.5, length_rho=0.2), scores, texts) == [(0, 4)]
 
 
-@given(case=judged(), rho=st.sampled_from([0.0, 0.32, 0.49]))
-def test_length_control_is_the_published_rule(case: tuple[Group, Judgement], rho: float) -> None:
-    group, judgement = case
-    found = [i for i, _ in enumerate(judgement.scores) if i in _plain(group, judgement)]
-    scores = {i: judgement.scores[i] or 0.0 for i in found}
-    length = [len(c.token_ids) for c in group.completions]
-    pairs = BestVsWorst(length_rho=rho).select(group, judgement)
-    if not scores or max(scores.values()) == min(scores.values()):
+RHOS = tuple(Fraction(rho) for rho in ("0", "0.1", "0.2", "0.25", "0.3", "0.32", "0.4", "0.49"))
+
+
+@st.composite
+def means(draw: st.DrawFn) -> tuple[list[str], list[Fraction]]:
+    """Texts of a few lengths, and their scores: means of some verdicts on 0..5."""
+    count = draw(st.sampled_from([1, 3, 5, 11]))
+    texts = draw(st.lists(st.sampled_from(["a", "bb", "cc", "ddd", "e" * 9]), min_size=2, max_size=5))
+    sums = draw(st.lists(st.integers(0, 5 * count), min_size=len(texts), max_size=len(texts)))
+    return texts, [Fraction(one, count) for one in sums]
+
+
+@given(case=means(), rho=st.sampled_from(RHOS))
+@example(case=(["aa", "bb", "c" * 20], [Fraction(48, 11), Fraction(23, 11), Fraction(31, 11)]), rho=Fraction("0.32"))
+@example(case=(["a" * 30, "bb", "c"], [Fraction(3), Fraction(1), Fraction("2.8")]), rho=Fraction("0.1"))
+def test_length_control_is_the_published_rule(case: tuple[list[str], list[Fraction]], rho: Fraction) -> None:
+    texts, exact = case
+    group, judgement = group_of(texts), Judgement("p", tuple(map(float, exact)))
+    found = _plain(group, judgement)
+    pairs = BestVsWorst(length_rho=float(rho)).select(group, judgement)
+    top, bottom = max(exact[i] for i in found), min(exact[i] for i in found)
+    if top == bottom:
         assert pairs == []
         return
-    top, bottom = max(scores.values()), min(scores.values())
-    good = [length[i] for i in found if scores[i] >= (1 - rho) * top + rho * bottom]
-    bad = [length[i] for i in found if scores[i] <= (1 - rho) * bottom + rho * top]
+    good = [len(texts[i]) for i in found if exact[i] >= (1 - rho) * top + rho * bottom]
+    bad = [len(texts[i]) for i in found if exact[i] <= (1 - rho) * bottom + rho * top]
     (pair,) = pairs
-    assert (len(pair.chosen_token_ids), len(pair.rejected_token_ids)) == (min(good), max(bad))
+    assert (len(pair.chosen[0].content), len(pair.rejected[0].content)) == (min(good), max(bad))
+
+
+@pytest.mark.parametrize("count", [1, 3, 5, 11], ids="{} verdicts".format)
+def test_a_score_exactly_on_a_threshold_of_length_control_is_inside(count: int) -> None:
+    num_on = 0
+    for best, worst, rho in product(range(5 * count + 1), range(5 * count + 1), RHOS):
+        on = Fraction(worst) + rho * (best - worst)  # of sums: the bound of those that may be rejected
+        if best <= worst or not rho or on.denominator != 1:
+            continue
+        num_on += 1
+        ends, selector = (best / count, worst / count), BestVsWorst(length_rho=float(rho))
+        assert paired(selector, (*ends, int(on) / count), ["aa", "bb", "c" * 20]) == [(0, 2)]
+        high = int(best - rho * (best - worst))
+        assert paired(selector, (*ends, high / count), ["a" * 30, "bb", "c"]) == [(2, 1)]
+    assert num_on > 2
 
 
 def _plain(group: Group, judgement: Judgement) -> list[int]:
@@ -211,6 +230,7 @@ def test_correct_and_incorrect_completions_are_paired_without_repeats() -> None:
     assert set(some) < every
     assert set(paired(CorrectVsIncorrect(add_gold=True), scores)) == every | {(None, 2), (None, 3), (None, 4)}
     assert paired(CorrectVsIncorrect(correct_score=0.5), (0.5, 0.4)) == [(0, 1)]
+    assert paired(CorrectVsIncorrect(correct_score=0.8), (0.7 + 0.1, 0.0)) == [(0, 1)]  # a hair below 0.8
 
 
 def test_the_gold_answer_helps_where_the_policy_always_fails() -> None:
@@ -253,39 +273,6 @@ def test_spin_draws_among_several_completions_and_meets_each() -> None:
     group = group_of(["a", "bb"], gold="gold", cut=[1])
     assert len(GoldVsCompletion(5).select(group, None)) == 1
     assert len(GoldVsCompletion(5, "rejected").select(group, None)) == 2
-
-
-def rates(kind: Any, scores: Sequence[float | None]) -> tuple[float | None, float | None]:
-    group = group_of([chr(97 + n) for n in range(len(scores))])
-    (pair,) = WinRates(kind).select(group, Judgement("p", tuple(scores)))
-    return pair.chosen_win_rate, pair.rejected_win_rate
-
-
-def test_win_rates_are_means_over_the_group_with_a_half_for_itself() -> None:
-    # 0.8 over two others: (2 * 0.8 + 0.5) / 3
-    assert rates("scores", (0.8, 0.5, 0.2)) == pytest.approx((0.7, 0.3))
-    assert rates("scores", (1.0, 0.0)) == pytest.approx((0.75, 0.25))
-    # beats two, ties with itself; loses to two; a missing verdict takes no part
-    assert rates("order", (9.0, 5.0, None, -7.0)) == pytest.approx((2.5 / 3, 0.5 / 3))
-    assert rates("order", (1.0, 1.0, 0.0)) == pytest.approx((2 / 3, 0.5 / 3))
-    beats = 1 / (1 + math.exp(-2))
-    assert rates("bradley_terry", (3.0, 1.0)) == pytest.approx(((0.5 + beats) / 2, (0.5 + 1 - beats) / 2))
-    assert rates("bradley_terry", (2000.0, -2000.0)) == pytest.approx((0.75, 0.25))
-
-
-@given(case=judged(), kind=st.sampled_from(["order", "bradley_terry"]))
-def test_the_chosen_completion_has_the_higher_win_rate(case: tuple[Group, Judgement], kind: Any) -> None:
-    for pair in WinRates(kind).select(*case):
-        assert pair.chosen_win_rate is not None
-        assert pair.rejected_win_rate is not None
-        # not <= 1/2 <=: a better completion may be judged and unusable, for it is part of what the policy writes
-        assert 0 <= pair.rejected_win_rate <= pair.chosen_win_rate <= 1
-        assert kind != "order" or pair.rejected_win_rate < pair.chosen_win_rate
-
-
-def test_scores_that_are_no_win_rates_are_refused() -> None:
-    with pytest.raises(JudgeError, match=r"prompt p: the score 4\.0 is no win rate.*bradley_terry"):
-        rates("scores", (4.0, 1.0))
 
 
 def test_a_selector_may_not_pair_what_has_no_verdict() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from selfplay.errors import RecipeError
-from selfplay.targets import check_target
+from selfplay.targets import check_target, num_parameters
 
 FILE = """
 from pathlib import Path
@@ -81,3 +81,16 @@ def test_what_can_not_be_loaded_is_named_and_nothing_is_run(place: Path, target:
 def test_a_name_that_may_be_bound_in_a_hidden_way_is_no_fault(tmp_path: Path, line: str) -> None:
     (tmp_path / "my.py").write_text(line)
     check_target(f"{tmp_path / 'my.py'}:found", "judge.target")
+
+
+def test_the_parameters_of_a_function_are_counted_and_those_of_anything_else_are_not_known(tmp_path: Path) -> None:
+    (tmp_path / "my.py").write_text(
+        "def two(prompt, completion, /, limit=3): pass\n@wrapped\nasync def three(prompt, a, b): pass\n"
+        "four = lambda a, b, c, d: 1\nclass Five:\n    def three(self, a, b): pass\nraise SystemExit\n"
+    )
+    found = {name: num_parameters(f"{tmp_path / 'my.py'}:{name}") for name in ("two", "three", "four", "Five", "six")}
+    assert found == {"two": 2, "three": 3, "four": None, "Five": None, "six": None}
+    (tmp_path / "bad.py").write_text("def")
+    assert num_parameters(f"{tmp_path / 'bad.py'}:f") is None
+    assert num_parameters("no_such_module_here:f") is None
+    assert num_parameters("selfplay.targets:num_parameters") == 1

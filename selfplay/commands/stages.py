@@ -138,13 +138,25 @@ def train_command(
 
 
 def evaluate_command(
-    recipe: RecipeFile, model: Model, out: OutFolder, overrides: Overrides = None, allow_code: AllowCode = False
+    recipe: RecipeFile,
+    model: Model,
+    out: OutFolder,
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            help="For a judge that compares: the panel of the recipe's own model, to compare with. RUN/initial of a run, or "
+            "the folder of an earlier `evaluate`.",
+            show_default=False,
+        ),
+    ] = None,
+    overrides: Overrides = None,
+    allow_code: AllowCode = False,
 ) -> None:
     """Play the held-out panel of a model."""
     loaded = load_recipe(recipe, overrides or ())
     from selfplay.single_evaluate import evaluate
 
-    figures = evaluate(loaded, model, out, allow_code=allow_code, report=Reporter())
+    figures = evaluate(loaded, model, out, allow_code=allow_code, report=Reporter(), against=against)
     console = make_console()
     print_policy(Path(model).name, figures, console, temperature=loaded.evaluate.temperature)
     bounds = {name: view.pairs.unparsed_bound for name, view in loaded.by_source.items()}

@@ -11,6 +11,7 @@ from selfplay.commands.options import AllowCode, Overrides
 from selfplay.data_rows import FILE_SUFFIXES
 from selfplay.errors import DataError, RecipeError, SelfplayError
 from selfplay.filters import load_programs
+from selfplay.judges.against import check_measuring
 from selfplay.judges.api_key import read_key
 from selfplay.judges.python import load_python_judge
 from selfplay.judges.questions import Questions, check_asked
@@ -78,6 +79,7 @@ def check(recipe: Recipe, *, allow_code: bool = False) -> None:
         _check_source_of(f"sources.{name}." if name else "", view, allow_code=allow_code)
     recipe.for_each(lambda _, view: check_win_rate_scale(view))
     check_reward_models(recipe)
+    check_measuring(recipe)
     recipe.for_each(lambda _, view: _check_labelled(view))
     _check_rows(recipe)
 

@@ -1,5 +1,6 @@
 """Weights under which chosen completions are as long as rejected ones."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -20,8 +21,9 @@ class BalanceLength:
 
     def __call__(self, pairs: Sequence[PreferencePair], context: FilterContext, /) -> list[PreferencePair]:
         """All pairs in the order given, some with a smaller weight."""
-        longer = sum(pair.weight * _difference(pair) for pair in pairs if _difference(pair) > 0)
-        shorter = -sum(pair.weight * _difference(pair) for pair in pairs if _difference(pair) < 0)
+        # fsum: the order of the pairs changes nothing
+        longer = math.fsum(pair.weight * _difference(pair) for pair in pairs if _difference(pair) > 0)
+        shorter = -math.fsum(pair.weight * _difference(pair) for pair in pairs if _difference(pair) < 0)
         if not longer or not shorter:
             return list(pairs)
         factor = min(longer, shorter) / max(longer, shorter)

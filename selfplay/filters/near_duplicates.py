@@ -5,9 +5,8 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from selfplay.filters.exact_duplicates import newest_first
 from selfplay.protocols import FilterContext
-from selfplay.types import PreferencePair
+from selfplay.types import PreferencePair, derive_seed
 
 Tokens = tuple[int, ...]
 Grams = frozenset[Tokens]
@@ -27,22 +26,23 @@ def jaccard(one: Grams, other: Grams) -> float:
 
 @dataclass(frozen=True, slots=True)
 class NearDuplicates:
-    """Of pairs with a similarity of at least `threshold` one goes on, the newest round's, the first one within a round. The
-    similarity of two pairs is the smallest of three Jaccard similarities of token n-gram sets: of their prompts, their chosen
-    and their rejected completions. So pairs that share a prompt and a chosen completion are near duplicates only where their
-    rejected ones are alike too. Threshold 1 drops pairs whose n-gram sets are all equal.
+    """Of pairs with a similarity of at least `threshold` one goes on, the newest round's; within a round that of a prompt
+    which is drawn, and of one prompt the first. The similarity of two pairs is the smallest of three Jaccard similarities of
+    token n-gram sets: of their prompts, their chosen and their rejected completions. So pairs that share a prompt and a chosen
+    completion are near duplicates only where their rejected ones are alike too. Threshold 1 drops pairs whose n-gram sets are
+    all equal.
     """
 
     ngram: int = 3
     threshold: float = 0.8
 
     def __call__(self, pairs: Sequence[PreferencePair], context: FilterContext, /) -> list[PreferencePair]:
-        """The pairs that are near no pair kept before them, in the order given."""
+        """The pairs that are near no pair taken before them, in the order given."""
         # sets are made when they are compared and not kept: those of 100,000 pairs would fill gigabytes
         rarity = Counter(gram for pair in pairs for gram in ngrams(pair.chosen_token_ids, self.ngram))
         kept: list[int] = []
         holders: defaultdict[Tokens, list[Held]] = defaultdict(list)  # kept pairs by a rare n-gram of their chosen
-        for index in newest_first(pairs):
+        for index in _newest_first(pairs, context.seed):
             size, prefix = self._prefix(ngrams(pairs[index].chosen_token_ids, self.ngram), rarity)
             if not any(self._near(pairs[index], pairs[other]) for other in self._likely(size, prefix, holders)):
                 kept.append(index)
@@ -75,3 +75,15 @@ class NearDuplicates:
             (one.rejected_token_ids, other.rejected_token_ids),
         )
         return all(jaccard(ngrams(a, self.ngram), ngrams(b, self.ngram)) >= self.threshold for a, b in parts)
+
+
+def _newest_first(pairs: Sequence[PreferencePair], seed: int) -> list[int]:
+    """Indices of the pairs, the newest round's first, prompts within a round in an order of their own: which of two near pairs
+    goes on must not depend on the order in which prompts were dealt.
+    """
+
+    def place(index: int) -> tuple[int, int, str, int]:
+        pair = pairs[index]
+        return -pair.origin_round, derive_seed(seed, "near duplicates", pair.prompt_id), pair.prompt_id, index
+
+    return sorted(range(len(pairs)), key=place)

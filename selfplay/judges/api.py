@@ -117,6 +117,11 @@ class ApiJudge:
         how += "" if r.reasoning_tags is None else f" thinking:{json.dumps(r.reasoning_tags)}"
         return f"api:{r.base_url} {r.model} {self.questions.identity(how)}"
 
+    @property
+    def compares(self) -> bool:
+        """Whether its template shows two completions."""
+        return self.questions.template.head.mode == "pairwise"
+
     @contextmanager
     def stage(self, folder: Path, note: Callable[[str], None]) -> Iterator[None]:
         """Keeps replies in `folder`, counts them in its usage.json, and starts the clock of `deadline`."""

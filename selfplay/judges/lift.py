@@ -216,6 +216,7 @@ class PairwiseJudge:
     """
 
     kind = "pairwise"
+    compares = True
 
     def __init__(self, function: PairwiseFunction, *, name: str | None = None, max_concurrency: int) -> None:
         functools.update_wrapper(self, function)  # first: it copies the function's own attributes over ours

@@ -103,6 +103,11 @@ class LLMJudge:
         how = "labels" if self.verdict == "labels" else self.questions.drawn(self.sampling)
         return f"llm:{self.model} {self.questions.identity(how)}"
 
+    @property
+    def compares(self) -> bool:
+        """Whether its template shows two completions."""
+        return self.questions.template.head.mode == "pairwise"
+
     def close(self) -> None:
         """Frees the judge's own model, if it was opened. Calling it twice is fine."""
         self._own = None

@@ -18,7 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 from selfplay.errors import JudgeError, RecipeError, SecurityError, SelfplayError
 from selfplay.judges.contract import Blamed
 from selfplay.judges.lift import MAX_CONCURRENCY, PairwiseJudge, PointwiseJudge
-from selfplay.protocols import CountingJudge, Judge, JudgeContext, StagedJudge
+from selfplay.protocols import ComparingJudge, CountingJudge, Judge, JudgeContext, StagedJudge
 from selfplay.types import Group, Judgement
 
 
@@ -37,6 +37,11 @@ class LoadedJudge:
 
     def count_verdicts(self, groups: Sequence[Group]) -> int | None:
         return self.inner.count_verdicts(groups) if isinstance(self.inner, CountingJudge) else None
+
+    @property
+    def compares(self) -> bool:
+        """Whether the judge says that it compares completions."""
+        return isinstance(self.inner, ComparingJudge) and self.inner.compares
 
     def running(self) -> list[str]:
         """Where the calls stand that have begun and not ended; nothing where the judge takes groups as a whole."""

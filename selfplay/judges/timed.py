@@ -54,6 +54,10 @@ class TimedJudge:
         self.seconds = seconds
         self.identity = inner.identity
 
+    @property
+    def compares(self) -> bool:
+        return self.inner.compares
+
     def count_verdicts(self, groups: Sequence[Group]) -> int | None:
         return self.inner.count_verdicts(groups)
 

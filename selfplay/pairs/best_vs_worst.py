@@ -13,7 +13,7 @@ class BestVsWorst:
     Self-Rewarding LMs (arXiv:2401.10020). With two completions it is the judge's plain verdict.
 
     Where several completions share the best or the worst score, each is used once, and those closest in length are paired
-    first, so that a pair teaches as little as it can about length.
+    first, so that a pair teaches as little as it can about length; what is left open is drawn.
 
     With `length_rho` = rho lengths are controlled by the rule of Meta-Rewarding (arXiv:2407.19594): chosen is the shortest
     completion with score >= (1 - rho) max + rho min, rejected the longest with score <= (1 - rho) min + rho max, in tokens,
@@ -45,18 +45,21 @@ class BestVsWorst:
 
     def _edges(self, group: Group, found: dict[int, float], best: float, worst: float) -> list[tuple[int, int]]:
         """(chosen, rejected) in the order in which they are taken."""
-        length = [len(c.token_ids) for c in group.completions]
+        length, draw = [len(c.token_ids) for c in group.completions], Draw(self.seed, group)
         if self.length_rho is None:
             tiers = [c for c, s in found.items() if s == best], [r for r, s in found.items() if s == worst]
             edges = [(c, r) for c in tiers[0] for r in tiers[1]]
-            return sorted(edges, key=lambda edge: (abs(length[edge[0]] - length[edge[1]]), *edge))
-        rho, draw = self.length_rho, Draw(self.seed, group)
+            return sorted(edges, key=lambda edge: (abs(length[edge[0]] - length[edge[1]]), draw.place(*edge)))
+        rho = self.length_rho
         high, low = (1 - rho) * best + rho * worst, (1 - rho) * worst + rho * best
         edges = [
             (c, r)
             for c, better in found.items()
             for r, worse in found.items()
-            if better >= high and worse <= low and better > worse and reaches(better - worse, self.min_margin)
+            if reaches(better, high)
+            and reaches(-worse, -low)
+            and better > worse
+            and reaches(better - worse, self.min_margin)
         ]
         return sorted(
             edges,

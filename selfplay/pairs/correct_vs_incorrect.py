@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from selfplay.pairs.eligible import Draw, Truncated, scored
+from selfplay.pairs.eligible import Draw, Truncated, reaches, scored
 from selfplay.pairs.gold_vs_completion import require_gold
 from selfplay.pairs.pair import Edge, first_pairs
 from selfplay.types import Group, Judgement, PreferencePair
@@ -43,6 +43,6 @@ class CorrectVsIncorrect:
         correct: list[int | None] = [None] if gold else []
         # a completion with the gold answer's text is that answer once more, whatever its score
         same = {i for i, c in enumerate(group.completions) if gold and c.text == gold}
-        correct += [c for c, score in found.items() if score >= self.correct_score and c not in same]
-        incorrect = [r for r, score in found.items() if score < self.correct_score and r not in same]
+        correct += [c for c, score in found.items() if reaches(score, self.correct_score) and c not in same]
+        incorrect = [r for r, score in found.items() if not reaches(score, self.correct_score) and r not in same]
         return correct, incorrect, found

@@ -52,9 +52,9 @@ def usable(group: Group, judgement: Judgement | None, *, keep_truncated: bool = 
     return [i for i, reason in enumerate(reasons) if reason is None]
 
 
-def reaches(margin: float, min_margin: float) -> bool:
-    """Whether a margin is at least min_margin, up to what floats lose: 1.0 - 0.8 reaches 0.2."""
-    return margin >= min_margin - 1e-9 * max(1.0, abs(min_margin))
+def reaches(value: float, bound: float) -> bool:
+    """Whether a margin or a score is at least `bound`, up to what floats lose: 1.0 - 0.8 reaches 0.2."""
+    return value >= bound - 1e-9 * max(1.0, abs(bound))
 
 
 def scored(group: Group, judgement: Judgement | None, *, truncated: Truncated) -> dict[int, float]:

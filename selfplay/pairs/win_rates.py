@@ -19,7 +19,8 @@ class WinRates:
     meets itself with 1/2: with K = 2 the rates are 3/4 and 1/4 at most.
 
     `win_rate_from` says what the judge's scores are:
-    - scores: mean win rates over the K - 1 others, in [0, 1], as a pairwise judge gives; JudgeError where they are not.
+    - scores: mean win rates over the K - 1 others, in [0, 1], as a pairwise judge gives; JudgeError where they are not. Of
+      comparisons without a verdict those that have one are taken to speak for all, so that rates and scores have one order.
     - order: only their order counts: P(i beats j) is 1, 1/2 for equal scores, or 0.
     - bradley_terry: rewards: P(i beats j) = sigmoid(s_i - s_j).
     """
