@@ -87,7 +87,7 @@ def test_the_gate_stops_at_verdicts_though_nearly_every_completion_has_a_score(
     template: Any, verdict: str, num_completions: int, num_verdicts: int, share: float
 ) -> None:
     model, judge = Mumbling(share, verdict), LLMJudge(template, num_verdicts=num_verdicts)
-    groups = groups_of(240 // num_completions, num_completions)
+    groups = groups_of((60 if template is PAIRWISE else 240) // num_completions, num_completions)
     found = judged(judge, groups, model)
     counted = count_verdicts(found)
     assert counted.num_asked == model.num_asked == judge.count_verdicts(groups)
