@@ -28,6 +28,7 @@ from selfplay.judges.llm import LLMJudge
 from selfplay.judges.python import LoadedJudge
 from selfplay.judges.template import load_template
 from selfplay.judges.timed import TimedJudge
+from selfplay.judges.unparsed import Counted, count_verdicts, unparsed
 from selfplay.metrics import compare, status
 from selfplay.plan import make_plan
 from selfplay.protocols import JudgeContext
@@ -81,6 +82,19 @@ def test_each_completion_is_scored_by_the_opponents_in_its_place() -> None:
 def test_fewer_opponents_are_met_again() -> None:
     (found,) = Against(longer, [group_of(["aa", "bbbb"])]).judge([group_of(["ccc", "ddd", "eee"])], JudgeContext())
     assert found.scores == (1.0, 0.0, 1.0)
+
+
+def test_verdicts_that_were_asked_for_and_could_not_be_read_are_counted() -> None:
+    @selfplay.pairwise
+    def silent(prompt: Prompt, a: Completion, b: Completion) -> float | None:
+        return None if "?" in a.text else 0.75
+
+    (found,) = Against(silent, [group_of(["aa", "bb"])]).judge([group_of(["?", "b"])], JudgeContext())
+    assert count_verdicts([found]) == Counted(num_asked=4, num_unparsed=1, num_completions=2, num_unscored=1)
+    assert unparsed(found).total() == 1
+    # one that doesn't count says two win rates for each comparison
+    (found,) = Against(Recorder(), [group_of(["aa", "bb"])]).judge([group_of(["a", "b"])], JudgeContext())
+    assert count_verdicts([found]).num_asked == 4
 
 
 def test_every_place_is_asked_about_with_a_seed_of_its_own_and_counted() -> None:

@@ -5,6 +5,7 @@ a judge that compares is shown each completion beside the one that the initial p
 prompt, and the score is P(the completion beats it), as AlpacaEval's win rate is against the completions of one baseline.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -15,6 +16,7 @@ from selfplay.errors import JudgeError, RecipeError, StorageError
 from selfplay.judges.combine import Combine
 from selfplay.judges.contract import judge_checked
 from selfplay.judges.template import load_template
+from selfplay.judges.unparsed import num_asked, unparsed
 from selfplay.protocols import ComparingJudge, CountingJudge, Judge, JudgeContext, StagedJudge
 from selfplay.recipe import Recipe, SourceView
 from selfplay.recipe_judges import ApiJudgeRecipe, JudgeRecipe, LLMJudgeRecipe, OneJudge, PythonJudgeRecipe, judges_in
@@ -102,6 +104,8 @@ class Against:
             num_compared=sum(judgement.num_compared for judgement in row),
             num_flipped=sum(judgement.num_flipped for judgement in row),
             verdicts=tuple(chain.from_iterable(judgement.verdicts for judgement in row)),
+            num_asked=sum(map(num_asked, row)),
+            unparsed=dict(sum(map(unparsed, row), Counter[str]())),
         )
 
 
