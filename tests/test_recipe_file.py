@@ -8,6 +8,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from selfplay.commands.recipes import files_of
 from selfplay.errors import RecipeError
 from selfplay.recipe import Recipe
 from selfplay.recipe_file import check_recipe, differences, dump_recipe, load_recipe, parse_yaml
@@ -182,6 +183,21 @@ evaluate: {judge: {kind: python, target: "judges.py:f"}}
     assert (recipe.judge.model, recipe.judge.template) == ("policy", str(folder / "judge.md"))
     assert isinstance(recipe.evaluate.judge, PythonJudgeRecipe)
     assert recipe.evaluate.judge.target == f"{folder / 'judges.py'}:f"
+
+
+def test_every_file_beside_a_recipe_goes_with_its_copy(tmp_path: Path) -> None:
+    names = {"p.jsonl", "held.jsonl", "labelled.jsonl", "drops.py"}
+    for name in names:
+        (tmp_path / name).touch()
+    text = """\
+model: m
+prompts: {source: p.jsonl, heldout: {source: held.jsonl}, deal: same}
+judge: {kind: coin}
+pairs: {kind: best_vs_worst, filters: [{kind: exact_duplicates}, {kind: python, target: "drops.py:f"}]}
+audit: {calibration: labelled.jsonl}
+"""
+    found = files_of(load_recipe(recipe_file(tmp_path, text=text)), tmp_path)
+    assert sorted(path.name for path in found) == sorted(names)
 
 
 @pytest.mark.parametrize("kind", ["llm", "api"])

@@ -9,7 +9,9 @@ import typer
 from selfplay.errors import RecipeError, StorageError
 from selfplay.recipe import Recipe
 from selfplay.recipe_file import load_recipe, recipe_folder
+from selfplay.recipe_filters import PythonFilterRecipe
 from selfplay.recipe_judges import ApiJudgeRecipe, LLMJudgeRecipe, PythonJudgeRecipe, judges_in
+from selfplay.recipe_prompts import HeldoutRecipe
 from selfplay.recipe_reward import RewardModelRecipe
 
 recipes_app = typer.Typer(help="List the recipes that come with selfplay, or copy one.")
@@ -50,10 +52,15 @@ def copy_command(
 
 
 def files_of(recipe: Recipe, folder: Path) -> list[Path]:
-    """The files in `folder` that a recipe names: data, chat template, judge template, judge program, labelled pairs."""
+    """The files in `folder` that a recipe names: data, held-out data, chat templates, judge templates, programs of judges and
+    filters, and the labelled pairs of `audit.calibration` and of a reward model.
+    """
     texts: list[object] = [recipe.chat.chat_template]
     for view in recipe.by_source.values():
-        texts += [view.prompts.source, view.prompts.heldout]
+        held = view.prompts.heldout
+        texts += [view.prompts.source, held.source if isinstance(held, HeldoutRecipe) else held, view.audit.calibration]
+        filters = [one for one in view.pairs.filters if isinstance(one, PythonFilterRecipe)]
+        texts += [one.target.partition(":")[0] for one in filters]
         for judge in (*judges_in(view.judge), *judges_in(view.evaluate.judge)):
             texts += [judge.template] if isinstance(judge, LLMJudgeRecipe | ApiJudgeRecipe) else []
             texts += [judge.chat.chat_template] if isinstance(judge, LLMJudgeRecipe) and judge.chat is not None else []
