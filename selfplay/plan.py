@@ -223,11 +223,13 @@ def _round_lines(recipe: Recipe, plan: RoundPlan) -> list[str]:
     for source in plan.sources:
         if not source.name:
             data = [f"  data       prompts {source.data} in dealing order, {sampled}"]
+            data += [f"  judge      {_verdicts(source)}"] if source.num_verdicts else []
             data += [f"  audit      {source.audit}"] if source.audit else []
             data.append(f"  pairs      {source.pairs}")
         else:
             said = f"{source.num_prompts} prompts ({source.data} in dealing order), judge {source.judge}"
             data.append(f"  source     {source.name}: {said}, pairs {source.pairs}")
+            data += [f"  judge      {source.name}: {_verdicts(source)}"] if source.num_verdicts else []
             data += [f"  audit      {source.name}: {source.audit}"] if source.audit else []
     span = "the run" if recipe.train.schedule_scope == "run" else "the round"
     if recipe.train.schedule_epochs is not None:
@@ -243,6 +245,10 @@ def _round_lines(recipe: Recipe, plan: RoundPlan) -> list[str]:
         f"  train      {_loss_line(settings)}, batch_size {settings.batch_size}, "
         + (f"{settings.max_steps} steps" if settings.max_steps > 0 else f"{settings.num_train_epochs} epochs"),
     ]
+
+
+def _verdicts(source: SourcePlan) -> str:
+    return f"{source.num_verdicts:,} verdicts: every two completions of a prompt are compared, in both orders"
 
 
 def _reference_line(plan: RoundPlan) -> str:

@@ -23,6 +23,7 @@ class SourcePlan:
     takes_all: bool  # whether that is every prompt there is
     max_pairs: int
     judge: str
+    num_verdicts: int | None  # that a judge which compares is asked for; None where each completion has its own score
     pairs: str  # the selector, and the filters after it
     audit: str  # what canaries and labelled pairs cost the judge, at most; empty where there are none
 
@@ -40,6 +41,7 @@ def plan_source(name: str, recipe: SourceView, pool: PromptPool, index: int) -> 
     """The part of a source in a round. RecipeError where its pool would run out."""
     prompts = recipe.prompts
     counts = [len(pool.deal(prompts, r)) for r in range(index + 1)]
+    num_completions = at_round(recipe.generator.num_completions, index)
     disjoint = prompts.deal == "disjoint" and prompts.num_prompts is not None
     return SourcePlan(
         name,
@@ -48,8 +50,9 @@ def plan_source(name: str, recipe: SourceView, pool: PromptPool, index: int) -> 
         takes_all=counts[-1] == len(pool.train),
         max_pairs=_most_pairs(recipe, counts),
         judge=" + ".join(judge.kind for judge in judges_in(recipe.judge)) or "none",
+        num_verdicts=counts[-1] * _verdicts_on(recipe, num_completions) if recipe_compares(recipe.judge) else None,
         pairs=" -> ".join([recipe.pairs.kind, *(one.kind for one in recipe.pairs.filters)]),
-        audit=_audit(recipe, counts[-1], at_round(recipe.generator.num_completions, index)),
+        audit=_audit(recipe, counts[-1], num_completions),
     )
 
 
@@ -60,12 +63,20 @@ def _audit(recipe: SourceView, num_prompts: int, num_completions: int) -> str:
         num_labelled = len(labelled_rows(recipe.audit.calibration, recipe.prompts)[0])
     if not prompts and not num_labelled:
         return ""
-    several = sum(_num_verdicts(one) for one in judges_in(recipe.judge))
-    times = f" x {several} verdicts" if several > 1 else ""
     shown = [f"{len(WHAT)} canaries for each of {prompts} prompts"] if prompts else []
     shown += [f"{num_labelled} labelled pairs"] if num_labelled else []
-    count = 2 * (len(WHAT) * prompts + num_labelled)
-    return f"{' and '.join(shown)}, {count} completions to judge{times}, beside {num_prompts * num_completions}"
+    said, groups_of_two = " and ".join(shown), len(WHAT) * prompts + num_labelled
+    if recipe_compares(recipe.judge):
+        beside = num_prompts * _verdicts_on(recipe, num_completions)
+        return f"{said}, {groups_of_two * _verdicts_on(recipe, 2):,} verdicts, beside {beside:,}"
+    several = sum(_num_verdicts(one) for one in judges_in(recipe.judge))
+    times = f" x {several} verdicts" if several > 1 else ""
+    return f"{said}, {2 * groups_of_two} completions to judge{times}, beside {num_prompts * num_completions}"
+
+
+def _verdicts_on(recipe: SourceView, num_completions: int) -> int:
+    """The verdicts that a judge which compares is asked for on a group: each pair of its completions, in both orders."""
+    return num_completions * (num_completions - 1) * sum(_num_verdicts(one) for one in judges_in(recipe.judge))
 
 
 def comparisons(recipe: SourceView, num_prompts: int) -> str:

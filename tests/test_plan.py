@@ -30,7 +30,7 @@ def recipe_of(folder: Path, model: Path, **sections: Any) -> Any:
         "evaluate": {"num_completions": 3},
     }
     for name, keys in sections.items():
-        data[name] = {**data[name], **keys} if isinstance(keys, dict) else keys
+        data[name] = {**data.get(name, {}), **keys} if isinstance(keys, dict) else keys
     return check_recipe(data, "test")
 
 
@@ -200,6 +200,22 @@ def test_a_hub_id_that_is_not_here_leaves_the_disk_unknown(tmp_path: Path, monke
     plan = make_plan(recipe_of(tmp_path, Path("someone/some-model")), tmp_path / "run")
     assert plan.bytes_needed is None
     assert "disk: unknown: someone/some-model is not on this machine" in printed(plan)
+
+
+def test_a_judge_that_compares_is_asked_for_both_orders_of_every_two_completions(tiny: Path, tmp_path: Path) -> None:
+    judge = {"kind": "llm", "template": "pairwise_helpfulness", "num_verdicts": 3}
+    rows = [{"prompt": f"Ask {n}?", "chosen": "a", "rejected": "b"} for n in range(2)]
+    (tmp_path / "labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = recipe_of(
+        tmp_path, tiny, judge=judge, audit={"calibration": str(tmp_path / "labelled.jsonl"), "canaries": 1}
+    )
+    said = printed(make_plan(recipe, tmp_path / "run"))
+    compared = "verdicts: every two completions of a prompt are compared, in both orders"
+    # prompts x completions x other completions x verdicts; then 4 canaries and 2 labelled pairs, each of two completions
+    assert f"judge      {6 * 4 * 3 * 3} {compared}" in said
+    assert f"judge      {4 * 2 * 1 * 3} {compared}" in said
+    assert "audit      4 canaries for each of 1 prompts and 2 labelled pairs, 36 verdicts, beside 216" in said
+    assert compared not in printed(make_plan(recipe_of(tmp_path, tiny, judge={"kind": "llm"}), tmp_path / "run"))
 
 
 def test_planning_loads_no_torch(tiny: Path, tmp_path: Path) -> None:
