@@ -29,7 +29,8 @@ def audit_judge(
 ) -> None:
     """Asks the judge of a source, while it has the room for the real completions. Where an answer lies already, nothing."""
     show_canaries(round, source, groups, context, judgements)
-    judge_labelled(round, source, context)
+    if groups:  # a round that deals a source no prompt asks its judge nothing
+        judge_labelled(round, source, context)
 
 
 def show_canaries(

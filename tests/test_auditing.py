@@ -3,7 +3,8 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import yaml
@@ -13,15 +14,19 @@ from scripted_server import Act, Asked, Server, says
 from test_rounds import KilledError, commits, digests
 
 from selfplay import store
+from selfplay.auditing import audit_judge
 from selfplay.cli import main
 from selfplay.errors import DataError, RecipeError, UnparsedGateError
 from selfplay.judges.lift import pointwise
 from selfplay.judges.python import own_judge
 from selfplay.labelled import labelled_alarms
+from selfplay.models import load_chat
+from selfplay.progress import Reporter
 from selfplay.protocols import JudgeContext
 from selfplay.recipe_file import check_recipe, load_recipe
 from selfplay.rounds import iterate
-from selfplay.types import Completion, Group, Judgement, PreferencePair, Prompt
+from selfplay.run import Round
+from selfplay.types import Completion, Group, Judgement, Message, PreferencePair, Prompt
 
 CHOSEN, REJECTED = "the moon and the sky again", "zzz qqq xxx"
 ROWS = [{"prompt": f"Ask {n}?", "chosen": f"{CHOSEN} {n}", "rejected": f"{REJECTED} {n}"} for n in range(12)]
@@ -159,6 +164,20 @@ def test_each_source_names_the_labelled_pairs_of_its_own_judge(
         RecipeError, match=r"sources\.gold: audit\.calibration: pairs\.kind gold_vs_completion has no judge"
     ):
         check_recipe(at_top | {"audit": {}, "sources": silent}, "r")
+
+
+@pytest.mark.parametrize("num_prompts", [0, 1], ids=["none", "one"])
+def test_a_source_that_a_round_deals_no_prompt_is_asked_about_no_labelled_pair(
+    tmp_path: Path, tiny: Path, num_prompts: int
+) -> None:
+    recipe = load_recipe(write_recipe(tmp_path, tiny, audit={"calibration": labelled_in(tmp_path)}))
+    judge, (view,) = Forgetful(), recipe.by_source.values()
+    run = SimpleNamespace(folder=tmp_path, recipe=recipe, report=Reporter(quiet=True), chat=load_chat(str(tiny), recipe.chat))
+    source: Any = SimpleNamespace(name="rules", recipe=view, judge=judge, num_canaries=0)
+    groups = [Group(Prompt("p", (Message("user", "Ask?"),)), (), (Completion("moon"),))] * num_prompts
+    audit_judge(Round(cast("Any", run), 0), source, groups, JudgeContext(), [])
+    assert len(judge.seen) == 2 * len(ROWS) * num_prompts
+    assert (tmp_path / "round-000").exists() == bool(num_prompts)
 
 
 @pytest.mark.parametrize(
