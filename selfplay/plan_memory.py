@@ -81,7 +81,9 @@ def phases(
     found.append(max((_training(recipe, one, policy, devices, machine) for one in settings), key=lambda one: one.total))
     if any(_holds_other_reference(recipe, index) for index in range(recipe.rounds)):
         found.append(_reference_pass(recipe, policy, devices, machine))
-    if recipe.evaluate.kl and any(view.prompts.heldout is not None for view in recipe.by_source.values()):
+    evaluate = recipe.evaluate
+    computed = evaluate.kl and evaluate.temperature == 1.0  # panel.py has none at another temperature
+    if computed and any(view.prompts.heldout is not None for view in recipe.by_source.values()):
         found.append(_kl(recipe, policy, machine))
     return sorted((one for one in found if one is not None), key=lambda one: one.total, reverse=True)
 

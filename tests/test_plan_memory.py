@@ -224,6 +224,15 @@ def test_another_reference_is_held_beside_the_policy_before_training(tiny: Path,
     )
 
 
+def test_kl_is_a_phase_only_where_the_panel_computes_one(tiny: Path, tmp_path: Path) -> None:
+    def found(**evaluate: Any) -> bool:
+        return "KL to the initial policy" in memory_of(recipe_of(tmp_path, tiny, evaluate=evaluate), LAPTOP)
+
+    assert found()
+    assert not found(temperature=0.7)
+    assert not found(kl=False)
+
+
 # engines
 
 
