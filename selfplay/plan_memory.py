@@ -93,9 +93,9 @@ def _sampling(name: str, recipe: Recipe, named: str, model: ModelFacts | None, m
     generator = recipe.generator
     if generator.kind == "scripted":
         return None
-    gpu, vllm = machine.gpu, generator.kind == "vllm"
-    room: float | None = machine.memory if gpu is None else gpu
-    where = "this machine has" if gpu is None else "the GPU has"
+    gpu, on_gpu, vllm = machine.gpu, machine.has_gpu, generator.kind == "vllm"
+    room: float | None = gpu if on_gpu else machine.memory
+    where = "the GPU has" if on_gpu else "this machine has"
     if vllm and gpu is not None:
         room, where = (
             generator.gpu_memory_utilization * gpu,
@@ -104,16 +104,16 @@ def _sampling(name: str, recipe: Recipe, named: str, model: ModelFacts | None, m
     if model is None:
         return Phase(name, named, (), room, where)
     asked = generator.dtype if generator.dtype != "auto" else model.stored
-    on_slow_cpu = gpu is None and not vllm and not machine.bf16
+    on_slow_cpu = not on_gpu and not vllm and not machine.bf16
     dtype = "bfloat16" if asked == "float32" and generator.dtype == "auto" else asked
     width = 4 if on_slow_cpu and generator.dtype == "auto" else WIDTHS.get(dtype, 2)
     weights = model.num_parameters * width
-    copies = generator.data_parallel_size if gpu is None else 1 / generator.tensor_parallel_size
-    cache = _cache_bytes(recipe, generator, model.dimensions, width, on_gpu=gpu is not None)
+    copies = 1 / generator.tensor_parallel_size if on_gpu else generator.data_parallel_size
+    cache = _cache_bytes(recipe, generator, model.dimensions, width, on_gpu=on_gpu)
     shown = dtype if width == WIDTHS.get(dtype, 2) else "float32"
     parts = ((f"weights in {shown}", weights * copies), ("cache", cache * copies))
-    note = "the rest of its share is cache as well" if vllm and gpu is not None else ""
-    held = (*parts, _processes(generator.data_parallel_size if gpu is None else 1))
+    note = "the rest of its share is cache as well" if vllm and on_gpu else ""
+    held = (*parts, _processes(1 if on_gpu else generator.data_parallel_size))
     return Phase(name, named, held, room, where, note)
 
 
@@ -152,7 +152,7 @@ def _judging(recipe: Recipe, machine: Machine) -> Iterator[Phase | None]:
 
 def _scoring(name: str, judge: RewardModelRecipe, machine: Machine) -> Phase:
     """A reward model and one batch of it, which keeps nothing for a backward pass: a layer's numbers, and its input."""
-    on_gpu = machine.gpu is not None and judge.device != "cpu"
+    on_gpu = machine.has_gpu and judge.device != "cpu"
     room, where = (machine.gpu, "the GPU has") if on_gpu else (machine.memory, "this machine has")
     model = model_facts(judge.model, judge.model_revision, classifier=True)
     if model is None:
@@ -183,7 +183,7 @@ class _Trainer:
 
 
 def _trainer(devices: Devices | None, machine: Machine) -> _Trainer:
-    on_gpu = machine.gpu is not None and not (devices is not None and devices.use_cpu)
+    on_gpu = machine.has_gpu and not (devices is not None and devices.use_cpu)
     processes = devices.num_processes if devices is not None else 1
     beside = 1 if on_gpu or devices is None else processes // devices.num_machines
     shards = processes if devices is not None and devices.sharded else 1
@@ -298,7 +298,7 @@ def memory_lines(found: Sequence[Phase]) -> list[str]:
     """What is printed of the phases, and a warning of each that can't fit."""
     lines = ["memory, about; one phase at a time:"] if found else []
     for one in found:
-        has = f"; {one.where} {one.room / GB:.1f} GB" if one.room is not None else ""
+        has = f"; {one.where} " + ("memory of unknown size" if one.room is None else f"{one.room / GB:.1f} GB")
         if not one.parts:
             lines.append(f"  {one.name}: unknown: {not_known(one.model)}{has}")
             continue

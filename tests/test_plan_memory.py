@@ -17,7 +17,7 @@ from tiny import make_tiny_model
 from selfplay import plan_machine
 from selfplay.plan import make_plan, print_plan
 from selfplay.plan_machine import Machine, this_machine
-from selfplay.plan_memory import PROCESS_BYTES, Phase, phases
+from selfplay.plan_memory import PROCESS_BYTES, Phase, memory_lines, phases
 from selfplay.plan_models import ModelFacts, facts_in, facts_of_config, find_model, hub_answers, model_facts
 from selfplay.recipe_train import LoraRecipe
 from selfplay.train.devices import read_devices
@@ -311,13 +311,29 @@ def test_a_machine_says_what_it_has_without_torch(monkeypatch: pytest.MonkeyPatc
     assert this_machine().memory == 1_000_000
     limit.write_text("max\n")
     assert (this_machine().memory or 0) > 1_000_000
-    for visible, count in (("1", 1), ("GPU-a,GPU-b", 2), ("", 0)):
+    for visible, count in (("1", 1), ("GPU-a,GPU-b", 2), ("", 0), ("GP", 0)):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         assert len(this_machine().gpus) == count
+    command.write_text("#!/bin/sh\necho '0, GPU-8932f937-d72c, 81559'\necho '1, GPU-51f0-8932, 40960'\n")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8932f937")
+    assert this_machine().gpus == (81559 * 2**20,)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-51f0")
+    assert this_machine().gpus == (None,)
     monkeypatch.setenv("PATH", str(tmp_path / "none"))
     assert this_machine().gpus == ()
 
 
+def test_a_part_of_a_gpu_is_a_gpu_whose_memory_is_unknown(tiny: Path, tmp_path: Path) -> None:
+    part = Machine(memory=16 * 10**9, gpus=(None,), bf16=True)
+    recipe = recipe_of(tmp_path, tiny, generator={"kind": "transformers"})
+    found, whole = memory_of(recipe, part), memory_of(recipe, GPUS)
+    assert {one.name: one.parts for one in found.values()} == {one.name: one.parts for one in whole.values()}
+    assert all(one.fits for one in found.values())
+    lines = [line for line in memory_lines(list(found.values())) if "the GPU has memory of unknown size" in line]
+    assert len(lines) == len(found)
+
+
 def test_the_smallest_gpu_is_what_counts() -> None:
     assert (GPUS.gpu, LAPTOP.gpu) == (79 * 10**9, None)
+    assert (GPUS.has_gpu, LAPTOP.has_gpu) == (True, False)
     assert ModelFacts({}, {}).dimensions is None
