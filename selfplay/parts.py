@@ -1,6 +1,7 @@
 """What the sources of a run are made of: the judges and pairing that the recipe names, or objects of the user instead."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,12 +104,8 @@ def open_sources(
         )
 
     def opened_for_panel(view: SourceView) -> Judge | None:
-        try:
+        with panel_keys(view):
             return opened(view.heldout_judge)
-        except SelfplayError as error:  # which calls any judge's keys judge.x
-            if view.evaluate.judge is None or not str(error).startswith("judge."):
-                raise
-            raise type(error)(f"evaluate.{error}") from error
 
     sources: list[Source] = []
     heldout: list[HeldOut] = []
@@ -137,6 +134,17 @@ def open_sources(
 
     recipe.for_each(open_source)
     return tuple(sources), tuple(heldout)
+
+
+@contextmanager
+def panel_keys(view: SourceView) -> Iterator[None]:
+    """For the block that makes the panel's judge: errors about its keys name those of `evaluate.judge`, where it has one."""
+    try:
+        yield
+    except SelfplayError as error:  # which calls any judge's keys judge.x
+        if view.evaluate.judge is None or not str(error).startswith("judge."):
+            raise
+        raise type(error)(f"evaluate.{error}") from error
 
 
 _WHY_NO_SCORE = (

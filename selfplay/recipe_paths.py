@@ -23,11 +23,11 @@ from selfplay.recipe_values import check_revision
 
 
 def with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
-    model = _model_path(recipe.model, recipe.model_revision, folder)
-    update: dict[str, Any] = {"model": model, **_absolute_sections(recipe, folder)}
+    model = _model_path(recipe.model, recipe.model_revision, folder, "")
+    update: dict[str, Any] = {"model": model, **_absolute_sections(recipe, folder, "")}
     if recipe.sources is not None:
         update["sources"] = {
-            name: source.model_copy(update=_absolute_sections(source, folder))
+            name: source.model_copy(update=_absolute_sections(source, folder, f"sources.{name}."))
             for name, source in recipe.sources.items()
         }
     if recipe.train.reference_path is not None:
@@ -37,14 +37,15 @@ def with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
     return recipe.model_copy(update=update)
 
 
-def _absolute_sections(of: Recipe | SourceRecipe, folder: Path) -> dict[str, Any]:
-    """The sections that a recipe of one source and a source have alike."""
+def _absolute_sections(of: Recipe | SourceRecipe, folder: Path, at: str) -> dict[str, Any]:
+    """The sections that a recipe of one source and a source have alike; `at` is what their keys begin with."""
     filters = [_absolute_filter(one, folder) for one in of.pairs.filters]
+    panel_judge = _absolute_judge(of.evaluate.judge, folder, f"{at}evaluate.judge.")
     return {
         "prompts": _absolute_prompts(of.prompts, folder),
-        "judge": _absolute_judge(of.judge, folder),
+        "judge": _absolute_judge(of.judge, folder, f"{at}judge."),
         "pairs": of.pairs.model_copy(update={"filters": filters}),
-        "evaluate": of.evaluate.model_copy(update={"judge": _absolute_judge(of.evaluate.judge, folder)}),
+        "evaluate": of.evaluate.model_copy(update={"judge": panel_judge}),
         "audit": of.audit.model_copy(
             update={"calibration": of.audit.calibration and resolve_path(of.audit.calibration, folder)}
         ),
@@ -83,16 +84,19 @@ def _reference_path(text: str, folder: Path) -> str:
     raise RecipeError(f"train.reference: {text!r} is none of {', '.join(REFERENCE_KINDS)} and no model; {hint}")
 
 
-def _absolute_judge(judge: Any, folder: Path) -> Any:
+def _absolute_judge(judge: Any, folder: Path, at: str) -> Any:
     if isinstance(judge, CombineRecipe):
-        members = [m.model_copy(update={"judge": _absolute_judge(m.judge, folder)}) for m in judge.judges]
+        members = [
+            m.model_copy(update={"judge": _absolute_judge(m.judge, folder, f"{at}judges.{n}.")})
+            for n, m in enumerate(judge.judges)
+        ]
         return judge.model_copy(update={"judges": members})
     if isinstance(judge, PythonJudgeRecipe):
         return judge.model_copy(update={"target": _absolute_target(judge.target, folder)})
     if isinstance(judge, LLMJudgeRecipe):
         places: dict[str, Any] = {"template": _absolute_template(judge.template, folder)}
         if judge.model != "policy":
-            places["model"] = _model_path(judge.model, judge.model_revision, folder)
+            places["model"] = _model_path(judge.model, judge.model_revision, folder, at)
         if judge.chat is not None:
             places["chat"] = _absolute_chat(judge.chat, folder)
         return judge.model_copy(update=places)
@@ -101,7 +105,7 @@ def _absolute_judge(judge: Any, folder: Path) -> Any:
     if isinstance(judge, ApiJudgeRecipe):
         return judge.model_copy(update={"template": _absolute_template(judge.template, folder)})
     if isinstance(judge, RewardModelRecipe):
-        return _absolute_reward_model(judge, folder)
+        return _absolute_reward_model(judge, folder, at)
     return judge
 
 
@@ -110,8 +114,8 @@ def _absolute_template(template: str, folder: Path) -> str:
     return template if template in SHIPPED_TEMPLATES else str((folder / Path(template).expanduser()).resolve())
 
 
-def _absolute_reward_model(judge: RewardModelRecipe, folder: Path) -> RewardModelRecipe:
-    update: dict[str, Any] = {"model": _model_path(judge.model, judge.model_revision, folder)}
+def _absolute_reward_model(judge: RewardModelRecipe, folder: Path, at: str) -> RewardModelRecipe:
+    update: dict[str, Any] = {"model": _model_path(judge.model, judge.model_revision, folder, at)}
     if judge.chat_template is not None and names_template_file(judge.chat_template):
         update["chat_template"] = str((folder / judge.chat_template).resolve())
     if judge.calibration is not None:
@@ -119,12 +123,12 @@ def _absolute_reward_model(judge: RewardModelRecipe, folder: Path) -> RewardMode
     return judge.model_copy(update=update)
 
 
-def _model_path(model: str, revision: str | None, folder: Path) -> str:
+def _model_path(model: str, revision: str | None, folder: Path, at: str) -> str:
     path = resolve_path(model, folder)
     try:
         check_revision(path, revision)
     except ValueError as error:  # a folder beside the recipe, which a hub id may look like
-        raise RecipeError(str(error)) from error
+        raise RecipeError(f"{at}{error}") from error
     return path
 
 

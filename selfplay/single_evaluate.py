@@ -9,7 +9,7 @@ from selfplay.errors import RecipeError
 from selfplay.judges.against import measuring
 from selfplay.models import load_chat, local_model, named_model, open_generator, prompt_room, resolve_auto
 from selfplay.panel import HeldOut, Panel
-from selfplay.parts import note_drops
+from selfplay.parts import note_drops, panel_keys
 from selfplay.progress import Reporter
 from selfplay.protocols import Judge
 from selfplay.recipe import Recipe, SourceView
@@ -35,7 +35,8 @@ def evaluate(
     heldout = []
     for name, view in recipe.by_source.items():
         prompts, asked = pools[name].heldout[: recipe.evaluate.num_prompts], view.heldout_judge
-        judge = open_judge(recipe, asked, allow_code=allow_code, made=made) if asked is not None else None
+        with panel_keys(view):
+            judge = open_judge(recipe, asked, allow_code=allow_code, made=made) if asked is not None else None
         judge = measuring(judge, named=view.evaluate.judge is not None)
         heldout += [HeldOut(name, prompts, judge)] if prompts else []
     if not heldout:

@@ -172,7 +172,9 @@ def test_a_source_that_a_round_deals_no_prompt_is_asked_about_no_labelled_pair(
 ) -> None:
     recipe = load_recipe(write_recipe(tmp_path, tiny, audit={"calibration": labelled_in(tmp_path)}))
     judge, (view,) = Forgetful(), recipe.by_source.values()
-    run = SimpleNamespace(folder=tmp_path, recipe=recipe, report=Reporter(quiet=True), chat=load_chat(str(tiny), recipe.chat))
+    run = SimpleNamespace(
+        folder=tmp_path, recipe=recipe, report=Reporter(quiet=True), chat=load_chat(str(tiny), recipe.chat)
+    )
     source: Any = SimpleNamespace(name="rules", recipe=view, judge=judge, num_canaries=0)
     groups = [Group(Prompt("p", (Message("user", "Ask?"),)), (), (Completion("moon"),))] * num_prompts
     audit_judge(Round(cast("Any", run), 0), source, groups, JudgeContext(), [])

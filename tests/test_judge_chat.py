@@ -121,8 +121,9 @@ def test_a_panel_judge_without_one_is_refused_under_its_own_key_before_anything_
 ) -> None:
     bare = make_tiny_model(tmp_path / "bare", chat_template=None)
     path = write_recipe(tmp_path, tiny, evaluate={"judge": {"kind": "llm", "model": str(bare)}})
-    assert main(["iterate", str(path), "--out", str(tmp_path / "run")]) == 65
-    assert "evaluate.judge.chat.chat_template: the tokenizer" in " ".join(capsys.readouterr().err.split())
+    for command in (["iterate", str(path)], ["evaluate", str(path), "--model", str(tiny)]):
+        assert main([*command, "--out", str(tmp_path / "run")]) == 65
+        assert "evaluate.judge.chat.chat_template: the tokenizer" in " ".join(capsys.readouterr().err.split())
     assert not list((tmp_path / "run").rglob("*.jsonl"))
 
 

@@ -96,6 +96,33 @@ def test_a_folder_beside_the_recipe_is_no_hub_id(tiny: Path, tmp_path: Path) -> 
         load_recipe(path)
 
 
+TOP = {"model": "m", "prompts": {"source": "p.jsonl", "deal": "same"}, "judge": {"kind": "coin"}}
+SOURCE = {"prompts": {"source": "p.jsonl"}, "judge": {"kind": "coin"}}
+MIXED = {"model": "m", "num_prompts": 2, "sources": {"a": SOURCE}}
+JUDGE = "{kind: KIND, model: sub, model_revision: old}"
+COMBINED = f"{{kind: combine, how: min, normalize: none, judges: [{{kind: coin}}, {JUDGE}]}}"
+
+
+@pytest.mark.parametrize("kind", ["llm", "reward_model"])
+@pytest.mark.parametrize(
+    ("recipe", "given", "key"),
+    [
+        (TOP, f"judge={JUDGE}", "judge"),
+        (TOP, f"judge={COMBINED}", "judge.judges.1"),
+        (TOP, f"evaluate.judge={JUDGE}", "evaluate.judge"),
+        (MIXED, f"sources.a.evaluate.judge={JUDGE}", "sources.a.evaluate.judge"),
+    ],
+    ids=["judge", "one of several", "panel", "source"],
+)
+def test_which_model_is_a_folder_is_said(
+    kind: str, recipe: dict[str, Any], given: str, key: str, tmp_path: Path
+) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe))
+    with pytest.raises(RecipeError, match=rf"^{key}\.model_revision is old, but the model /.* is a folder"):
+        load_recipe(tmp_path / "r.yaml", [given.replace("KIND", kind)])
+
+
 def test_a_run_keeps_to_the_weights_of_its_revision(hub: dict[str | None, Path], tmp_path: Path) -> None:
     path = write_recipe(tmp_path, hub["old"], rounds=1)
     at = ("model=" + ID, "model_revision=old")
