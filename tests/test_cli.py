@@ -242,7 +242,10 @@ def test_validate_lists_every_recipe_and_exits_with_the_first_fault(
             "prompts.heldout",
         ),
         ({"chat": {"chat_template": "no.jinja"}}, "chat.chat_template: "),
-        ({"judge": {"kind": "llm", "model": "a/b", "chat": {"chat_template": "no.jinja"}}}, "judge.chat.chat_template: "),
+        (
+            {"judge": {"kind": "llm", "model": "a/b", "chat": {"chat_template": "no.jinja"}}},
+            "judge.chat.chat_template: ",
+        ),
         (
             {"evaluate": {"judge": {"kind": "llm", "model": "a/b", "chat": {"chat_template": "no.jinja"}}}},
             "evaluate.judge.chat.chat_template: ",
