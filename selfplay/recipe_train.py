@@ -59,9 +59,10 @@ class TrainRecipe(Section):
 
     `reference`: whose weights the policy is held to. "prior" is the policy that the round starts from, "initial" that of
     the run; "ema" mixes once a round, reference = ref_model_mixup_alpha * policy + (1 - ref_model_mixup_alpha) * reference
-    of the round before; else the folder or hub id of a model, which keeps its place. `reference_logps: engine` takes the
-    logps that the engine gave while it sampled, where the reference is the policy that sampled. `schedule_epochs` makes the
-    learning rate's schedule as long as that many epochs, of which num_train_epochs are trained.
+    of the round before; else the folder or hub id of a model, which keeps its place (the recipe's own model, named again, is
+    that of its model_revision). `reference_logps: engine` takes the logps that the engine gave while it sampled, where the
+    reference is the policy that sampled. `schedule_epochs` makes the learning rate's schedule as long as that many epochs, of
+    which num_train_epochs are trained.
     """
 
     learning_rate: PerRound[PositiveFloat] = 5e-7
