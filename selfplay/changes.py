@@ -12,6 +12,7 @@ from typing import Any
 from selfplay import store
 from selfplay.errors import RecipeError
 from selfplay.recipe import Recipe
+from selfplay.recipe_chat import ChatRecipe
 from selfplay.recipe_file import check_recipe, flat, parse_yaml
 from selfplay.recipe_filters import PythonFilterRecipe
 from selfplay.recipe_judges import API_CONDUCT, JUDGE_PLACES
@@ -137,7 +138,7 @@ def refused(old: Recipe, new: Recipe, folder: Path) -> list[str]:
     if old.generator.kind == new.generator.kind == "vllm":
         free += VLLM_S_SHARE
     found = []
-    before, after = (flat(_without_targets(one).model_dump(mode="json")) for one in (old, new))
+    before, after = (_values(one) for one in (old, new))
     for key in (key for key in {**before, **after} if before.get(key) != after.get(key)):
         values = before.get(key), after.get(key)
         short = _key_in_source(key)
@@ -146,6 +147,15 @@ def refused(old: Recipe, new: Recipe, folder: Path) -> list[str]:
             found.append(f"{key}: {values[0]!r} -> {values[1]!r}{_why(paths[0])}")
     if list(old.sources or ()) != list(new.sources or ()):  # ties of weights and shared prompts follow their order
         found.append(f"sources: in the order {', '.join(old.sources or ())} -> {', '.join(new.sources or ())}")
+    return found
+
+
+def _values(recipe: Recipe) -> dict[str, Any]:
+    """The recipe's values by dotted key; a judge without a `chat` has that of one which says nothing."""
+    found = flat(_without_targets(recipe).model_dump(mode="json"))
+    for key in [key for key, value in found.items() if key.endswith(".chat") and value is None]:
+        del found[key]
+        found |= flat(ChatRecipe().model_dump(mode="json"), key)
     return found
 
 

@@ -22,6 +22,7 @@ from selfplay.plan_source import SourcePlan, comparisons, plan_source
 from selfplay.pool_checks import check_calibration, check_pool
 from selfplay.prompts import PromptPool
 from selfplay.recipe import Recipe
+from selfplay.recipe_checks import check_named
 from selfplay.recipe_file import dump_recipe
 from selfplay.recipe_values import at_round
 from selfplay.report import print_table
@@ -90,6 +91,7 @@ def make_plan(recipe: Recipe, out: Path, devices: Devices | None = None) -> Plan
     recipe.for_each(lambda _, view: check_win_rate_scale(view))
     check_reward_models(recipe)
     check_measuring(recipe)
+    check_named(recipe)
     if (out / "recipe.yaml").exists():
         continued(recipe, read_recipe(out), out)
     recipe = _with_generator(recipe)

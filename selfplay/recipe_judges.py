@@ -15,7 +15,7 @@ from pydantic import (
     model_validator,
 )
 
-from selfplay.recipe_chat import ChatRecipe
+from selfplay.recipe_chat import ChatRecipe, ReasoningTags
 from selfplay.recipe_reward import RewardModelRecipe
 from selfplay.recipe_values import Revision, Section, TopP, check_revision
 
@@ -67,6 +67,10 @@ class LLMJudgeRecipe(Section):
         if self.chat is not None and self.model == "policy":
             raise ValueError(
                 "chat is of a judge model of its own; how the policy is asked stands in the recipe's section chat"
+            )
+        if self.chat is not None and self.chat.reasoning_tags is not None and self.verdict != "parse":
+            raise ValueError(
+                f"verdict: {self.verdict} leaves no room for thinking, so chat.reasoning_tags changes nothing: leave it out"
             )
         return self
 
@@ -134,7 +138,8 @@ class ApiJudgeRecipe(Section):
     refuse the field. Prices are per million tokens, in any currency. `verdict: labels` reads the `top_logprobs` most probable
     first tokens; `constraint` says in which field of a request `verdict: constrained` stands: OpenAI's response_format, or
     vLLM's structured_outputs. `reasoning_tags` enclose the thinking that a server leaves in a reply's text: the verdict is read
-    from what follows it, and there is none where it has no end.
+    from what follows it, and there is none where it has no end. Where the server's chat template itself opens the thinking,
+    they must be named, [<think>, </think>] too: a reply that max_tokens cut within it has neither tag.
     """
 
     kind: Literal["api"]
@@ -150,9 +155,7 @@ class ApiJudgeRecipe(Section):
     temperature: NonNegativeFloat = 0.7
     top_p: TopP = 0.9
     max_tokens: PositiveInt = 256
-    reasoning_tags: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=2, max_length=2)] | None = (
-        None
-    )
+    reasoning_tags: ReasoningTags | None = None
     send_seed: bool = True
     max_concurrency: PositiveInt = 16
     requests_per_minute: PositiveFloat | None = None
@@ -176,12 +179,6 @@ class ApiJudgeRecipe(Section):
                 raise ValueError(f"{name} is read with verdict: {way} alone: leave it out")
         if self.reasoning_tags is not None and self.verdict == "labels":
             raise ValueError("verdict: labels reads the first token, so reasoning_tags changes nothing: leave it out")
-        return self
-
-    @model_validator(mode="after")
-    def _tags(self) -> "ApiJudgeRecipe":
-        if self.reasoning_tags and self.reasoning_tags[0] == self.reasoning_tags[1]:
-            raise ValueError("reasoning_tags: the two are the same; give what opens the thinking, and what closes it")
         return self
 
 

@@ -31,6 +31,7 @@ TAKEN: dict[str, tuple[str, ...]] = {
     "cosine_warmup_with_min_lr": ("num_cycles", "min_lr", "min_lr_rate", "warmup_lr_rate"),
     "warmup_stable_decay": ("num_decay_steps", "warmup_type", "decay_type", "min_lr_ratio", "num_cycles"),
 }
+LENGTHLESS = ("constant", "constant_with_warmup", "inverse_sqrt")  # the same rates however many steps there are
 POLYNOMIAL_END = 1e-7  # transformers' default of lr_end
 assert set(TAKEN) <= set(get_args(ScheduleName))
 

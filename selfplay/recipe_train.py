@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
-from selfplay.recipe_schedule import ScheduleKwargs, ScheduleName, check_schedule
+from selfplay.recipe_schedule import LENGTHLESS, ScheduleKwargs, ScheduleName, check_schedule
 from selfplay.recipe_values import PerRound, Section
 
 LossName = Literal["sigmoid", "hinge", "ipo", "sppo_hard", "sppo", "sigmoid_norm", "simpo", "sft"]
@@ -59,9 +59,10 @@ class TrainRecipe(Section):
 
     `reference`: whose weights the policy is held to. "prior" is the policy that the round starts from, "initial" that of
     the run; "ema" mixes once a round, reference = ref_model_mixup_alpha * policy + (1 - ref_model_mixup_alpha) * reference
-    of the round before; else the folder or hub id of a model, which keeps its place. `reference_logps: engine` takes the
-    logps that the engine gave while it sampled, where the reference is the policy that sampled. `schedule_epochs` makes the
-    learning rate's schedule as long as that many epochs, of which num_train_epochs are trained.
+    of the round before; else the folder or hub id of a model, which keeps its place (the recipe's own model, named again, is
+    that of its model_revision). `reference_logps: engine` takes the logps that the engine gave while it sampled, where the
+    reference is the policy that sampled. `schedule_epochs` makes the learning rate's schedule as long as that many epochs, of
+    which num_train_epochs are trained.
     """
 
     learning_rate: PerRound[PositiveFloat] = 5e-7
@@ -195,8 +196,11 @@ class TrainRecipe(Section):
         if self.schedule_scope == "run" or self.max_steps != -1:
             other = "schedule_scope: run" if self.schedule_scope == "run" else "max_steps"
             raise ValueError(f"{said} {other} says how long the schedule is. Drop one of them")
-        if self.lr_scheduler_type == "constant":
-            raise ValueError(f"{said} the schedule constant has no length: drop it")
+        warmup = self.warmup_steps if isinstance(self.warmup_steps, list) else [self.warmup_steps]
+        if self.lr_scheduler_type in LENGTHLESS and not any(
+            0 < one < 1 for one in warmup
+        ):  # a share is one of the length
+            raise ValueError(f"{said} the schedule {self.lr_scheduler_type} has no length: drop it")
         counts = self.num_train_epochs if isinstance(self.num_train_epochs, list) else [self.num_train_epochs]
         if epochs <= max(counts):
             raise ValueError(

@@ -12,7 +12,7 @@ from selfplay.changes import continued, read_recipe
 from selfplay.chat import Chat
 from selfplay.errors import RecipeError
 from selfplay.judges.lift import function_identity
-from selfplay.models import import_trainer, load_chat, local_model, prompt_room, resolve_auto
+from selfplay.models import import_trainer, load_chat, local_model, named_model, prompt_room, resolve_auto
 from selfplay.panel import HeldOut, Panel
 from selfplay.parts import OwnParts, Source, note_drops, open_sources, require_parts
 from selfplay.pool_checks import check_calibration, check_pool
@@ -116,7 +116,7 @@ def start_run(
     initial = local_model(recipe.model, recipe.model_revision)
     check_lora(initial, recipe.train.lora)
     named = recipe.train.reference_path
-    reference = local_model(named) if named is not None else None
+    reference = named_model(recipe, named) if named is not None else None
     chat = load_chat(str(initial), recipe.chat)
     pools = load_pools(recipe, chat=chat, room=prompt_room(recipe, initial))
     note_drops(pools, report)

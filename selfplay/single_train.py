@@ -10,7 +10,7 @@ from selfplay import store
 from selfplay.adapters import check_lora
 from selfplay.chat import Chat
 from selfplay.errors import DataError, RecipeError
-from selfplay.models import load_chat, local_model, named_model, resolve_auto
+from selfplay.models import load_chat, named_model, resolve_auto
 from selfplay.preferences import holds_preferences, our_records, read_demonstrations, read_preferences
 from selfplay.progress import Reporter
 from selfplay.recipe import Recipe
@@ -119,7 +119,7 @@ def _reference(recipe: Recipe, inputs: TrainInputs, folder: Path) -> str | None:
     named = inputs.reference or recipe.train.reference_path
     if named is None:
         return None
-    other = local_model(named)
+    other = named_model(recipe, named)
     if store.weights_digest(other) == store.weights_digest(folder):
         return None
     if recipe.train.reference_logps == "engine":

@@ -35,6 +35,11 @@ def pairs(**keys: Any) -> Recipe:
     return recipe(pairs={"kind": "best_vs_worst", **keys})
 
 
+def combined(llm: dict[str, Any]) -> dict[str, Any]:
+    judges = [{"kind": "llm", "model": "a", **llm}, {"kind": "coin"}]
+    return {"kind": "combine", "how": "min", "normalize": "none", "judges": judges}
+
+
 def holding(folder: Path, *names: str) -> Path:
     for name in ("recipe.yaml", *names):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -65,6 +70,14 @@ OPEN = {
         [POLICY_0],
         recipe(judge={"kind": "llm", "model": "a", "chat": {"chat_template": "x.jinja"}}),
         recipe(judge={"kind": "llm", "model": "b", "chat": {"chat_template": "y.jinja"}}),
+    ),
+    "a template for a judge's own model, by which its identity knows it": (
+        [POLICY_0],
+        recipe(judge={"kind": "llm", "model": "a"}, evaluate={"judge": combined({})}),
+        recipe(
+            judge={"kind": "llm", "model": "a", "chat": {"chat_template": "x.jinja"}},
+            evaluate={"judge": combined({"chat": {"chat_template": "x.jinja"}})},
+        ),
     ),
     "the bound of the audit": ([POLICY_0], train(), train(max_audit_difference=0.5)),
     "how much of a machine vLLM takes": (
@@ -121,6 +134,13 @@ CLOSED = {
     ),
     "an adapter": ([], train(), train(lora={"r": 4}), "train.lora.r", ""),
     "another reference model": ([], train(), train(reference="./m"), "train.reference", ""),
+    "how a judge's own model is asked": (
+        [],
+        recipe(judge={"kind": "llm", "model": "a"}),
+        recipe(judge={"kind": "llm", "model": "a", "chat": {"chat_template_kwargs": {"quiet": True}}}),
+        "judge.chat.chat_template_kwargs",
+        "",
+    ),
     "sampling": ([], recipe(), recipe(generator={"temperature": 0.5}), "generator.temperature", ""),
     "the batches of a generator that gives the same bytes": (
         [],

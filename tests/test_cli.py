@@ -241,6 +241,16 @@ def test_validate_lists_every_recipe_and_exits_with_the_first_fault(
             {"prompts": {"source": "prompts.jsonl", "num_prompts": 8, "heldout": {"source": "./none"}}},
             "prompts.heldout",
         ),
+        ({"chat": {"chat_template": "no.jinja"}}, "chat.chat_template: "),
+        (
+            {"judge": {"kind": "llm", "model": "a/b", "chat": {"chat_template": "no.jinja"}}},
+            "judge.chat.chat_template: ",
+        ),
+        (
+            {"evaluate": {"judge": {"kind": "llm", "model": "a/b", "chat": {"chat_template": "no.jinja"}}}},
+            "evaluate.judge.chat.chat_template: ",
+        ),
+        ({"judge": {"kind": "reward_model", "model": "a/b", "chat_template": "no.jinja"}}, "judge.chat_template: "),
         ({"judge": {"kind": "llm", "verdict": "labels"}}, "judge: judge.template: additive has no `labels`"),
         ({"judge": {"kind": "llm", "template": "yes_no"}}, "yes_no has no `parse`"),
         ({"judge": {"kind": "llm", "num_verdicts": 2, "temperature": 0}}, "judge.num_verdicts is 2"),
@@ -257,11 +267,13 @@ def test_validate_lists_every_recipe_and_exits_with_the_first_fault(
     ],
     ids=str,
 )
-def test_validate_finds_what_a_run_would_stumble_over(
+def test_validate_and_the_dry_run_find_what_a_run_would_stumble_over(
     sections: dict[str, Any], said: str, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["validate", str(write_recipe(tmp_path, tiny, **sections))]) in (64, 65)
-    assert said in capsys.readouterr().err
+    path = str(write_recipe(tmp_path, tiny, **sections))
+    for command in (["validate", path], ["iterate", path, "--out", str(tmp_path / "run"), "--dry-run"]):
+        assert main(command) in (64, 65)
+        assert said in " ".join(capsys.readouterr().err.split())
 
 
 def test_validate_reads_programs_and_runs_them_only_when_allowed(

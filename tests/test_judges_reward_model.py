@@ -1,6 +1,7 @@
 """The reward model as a judge, on classifiers of 100,000 random parameters."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -331,3 +332,16 @@ def test_the_identity_holds_what_a_score_depends_on(model: Path, tmp_path: Path)
     assert judge_of(model, max_batch_tokens=64, device="cpu").identity == judges[0].identity
     named = make_judge(RewardModelRecipe(kind="reward_model", model=str(model)))
     assert named.identity == judges[0].identity
+
+
+def test_another_tokenizer_or_another_way_to_make_tokens_is_another_judge(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = judge_of(model).identity
+    copy = Path(shutil.copytree(model, tmp_path / "copy"))
+    assert judge_of(copy).identity == before
+    tokens = (copy / "tokenizer.json").read_text()
+    (copy / "tokenizer.json").write_text(tokens.replace('"id": 2,', '"id": 2, '))
+    assert judge_of(copy).identity != before
+    monkeypatch.setattr("selfplay.judges.reward_model.VERSION", 0)
+    assert judge_of(model).identity != before

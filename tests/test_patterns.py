@@ -18,7 +18,7 @@ from selfplay.types import Completion, Group, Message, Prompt, prompt_id
 SLOW = {"kind": "regex", "pattern": "(a+)+$", "seconds": 0.02}
 PIECES = (  # noqa: SIM905
     r"a b e 1 [ ] ^ { } , ( ) \d \w * ? + | . \{ {e} {1} {,2} {1,} {,} {e<=1} [[:alpha:]] - # (?#[) $ \b (?: (?= \1 [^]a] "
-    r"[a-e] && \Z \s A (?P<n> \] \[ (?x) (?i) \N{DIGIT&ONE}"
+    r"[a-e] && \Z \s A (?P<n> \] \[ (?x) (?i) \N{DIGIT&ONE} (?x: (?-x: (?i-x: \( \) #{e} &LINE"
 ).split(" ")
 TEXTS = ("", "ab", "abe", "a{e}b", "[:alpha:]", "a]", "aab\nbe1", "&&a", "a#b", "ABE", "[a", "1a1", "ee{1}")
 
@@ -33,7 +33,11 @@ def spans(pattern: str, text: str, *, last: bool) -> tuple[int, int] | None:
     return None if found is None else found.span()
 
 
-@given(st.lists(st.sampled_from(PIECES), max_size=7).map("".join).map(lambda pattern: pattern.replace("&ONE", " ONE")))
+def joined(pieces: list[str]) -> str:
+    return "".join(pieces).replace("&ONE", " ONE").replace("&LINE", "\n")
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=7).map(joined))
 def test_a_pattern_finds_what_re_finds(pattern: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of a class inside a class, which `re` may know one day
@@ -60,6 +64,13 @@ def test_a_pattern_finds_what_re_finds(pattern: str) -> None:
         (r"a{2}", "a", False),
         ("(?x) # a [ or {e}\n [ab] c", "bc", True),
         ("(?x) [#] {e}", "#{e}", True),
+        (r"\(?x#{e}", "x", False),
+        (r"\(?x#{e}", "x#{e}", True),
+        ("[(?x]#{e}", "x", False),
+        ("#{e}(?x: a # [ {e}\n )#{e}", "#{e}a#{e}", True),
+        ("(?x:a)#{e}", "a", False),
+        ("(?x) a (?-x:#{e}) # {e}", "a#{e}", True),
+        ("(?x) a (?-x:#{e}) # {e}", "a", False),
     ],
 )
 def test_a_brace_that_counts_nothing_is_a_brace(pattern: str, text: str, found: bool) -> None:

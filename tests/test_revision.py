@@ -15,6 +15,7 @@ from selfplay.models import local_model, named_model
 from selfplay.recipe import Recipe
 from selfplay.recipe_file import check_recipe, load_recipe
 from selfplay.rounds import iterate
+from selfplay.single_train import TrainInputs, _reference
 from selfplay.store import weights_digest
 
 ID = "someone/some-model"
@@ -71,6 +72,14 @@ def test_a_judge_of_another_revision_is_another_judge(
     assert found[None].identity != found["old"].identity
 
 
+def test_a_reference_that_is_the_recipes_own_model_has_its_revision(
+    hub: dict[str | None, Path], tmp_path: Path
+) -> None:
+    recipe = recipe_of(model_revision="old", train={"reference": ID})
+    folders = [_reference(recipe, TrainInputs("", ""), hub[other]) for other in (None, "old")]
+    assert folders == [str(hub["old"]), None]  # None: the policy's own weights
+
+
 @pytest.mark.parametrize("model", ["/some/folder", "./folder", "~/folder"])
 @pytest.mark.parametrize("where", ["model", "judge.model"])
 def test_a_folder_has_no_revision(model: str, where: str) -> None:
@@ -125,12 +134,12 @@ def test_which_model_is_a_folder_is_said(
 
 def test_a_run_keeps_to_the_weights_of_its_revision(hub: dict[str | None, Path], tmp_path: Path) -> None:
     path = write_recipe(tmp_path, hub["old"], rounds=1)
-    at = ("model=" + ID, "model_revision=old")
+    at = ("model=" + ID, "train.reference=" + ID, "model_revision=old")
     iterate(load_recipe(path, at), tmp_path / "run")
     kept = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert kept["model"] == weights_digest(hub["old"])
+    assert kept["model"] == kept["reference"] == weights_digest(hub["old"])
     assert "model_revision: old" in (tmp_path / "run" / "recipe.yaml").read_text()
     # the same weights under another name are the same run
-    iterate(load_recipe(path), tmp_path / "run")
+    iterate(load_recipe(path, [f"train.reference={hub['old']}"]), tmp_path / "run")
     with pytest.raises(RecipeError, match="was started with another model"):
-        iterate(load_recipe(path, at[:1]), tmp_path / "run")
+        iterate(load_recipe(path, at[:2]), tmp_path / "run")

@@ -61,6 +61,17 @@ def test_constrained_verdicts_may_follow_thinking() -> None:
     assert judged == [(None,), (2.0,)]
 
 
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [("Score: 4", 4.0), ("<think>Hm.</think>Score: 4", 4.0), ("<think>Score: 4", None), ("Score: 4 bu", None)],
+    ids=["a choice", "thought before", "open", "unseen"],
+)
+def test_a_constrained_verdict_that_is_whole_counts_though_max_tokens_ended_it(text: str, score: float | None) -> None:
+    with Server(lambda asked: says(text, finish_reason="length")) as server:
+        judge = judge_at(server.url, verdict="constrained", reasoning_tags=TAGS)
+        assert judge.judge([GROUP], JudgeContext())[0].scores == (score,)
+
+
 @given(before=st.text(), after=st.text(), cut=st.booleans())
 def test_no_word_of_the_thinking_is_left(before: str, after: str, cut: bool) -> None:
     before, after = (text.replace("think>", "") for text in (before, after))
@@ -71,6 +82,31 @@ def test_no_word_of_the_thinking_is_left(before: str, after: str, cut: bool) -> 
 def test_how_thinking_is_read_is_part_of_the_identity() -> None:
     judges = [judge_at("http://127.0.0.1:1/v1", reasoning_tags=tags) for tags in (None, TAGS, ["<a>", "</a>"])]
     assert len({judge.identity for judge in judges}) == 3
+
+
+@pytest.mark.parametrize(
+    ("judge", "words"),
+    [
+        ({"chat": {"reasoning_tags": ["<t>", "<t>"]}}, "judge.chat.reasoning_tags: the two are the same"),
+        ({"chat": {"reasoning_tags": ["", "<t>"]}}, "judge.chat.reasoning_tags"),
+        ({"chat": {"reasoning_tags": TAGS}, "verdict": "labels"}, "verdict: labels leaves no room for thinking"),
+        ({"chat": {"reasoning_tags": TAGS}, "verdict": "constrained"}, "constrained leaves no room for thinking"),
+    ],
+    ids=["the same", "empty", "labels", "constrained"],
+)
+def test_senseless_tags_of_a_judge_model_are_refused(judge: dict[str, Any], words: str) -> None:
+    data = {
+        "model": "m",
+        "prompts": {"source": "p", "deal": "same"},
+        "judge": {"kind": "llm", "model": "other"} | judge,
+    }
+    with pytest.raises(RecipeError, match=words):
+        check_recipe(data, "r.yaml")
+
+
+def test_two_equal_tags_of_the_policy_are_refused() -> None:
+    with pytest.raises(RecipeError, match=r"chat\.reasoning_tags: the two are the same"):
+        check_recipe({"model": "m", "chat": {"reasoning_tags": ["<t>", "<t>"]}}, "r.yaml")
 
 
 @pytest.mark.parametrize(

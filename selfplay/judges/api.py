@@ -114,7 +114,8 @@ class ApiJudge:
         if r.verdict == "constrained":
             how += f" {r.constraint}"
         how += "" if r.send_seed else " unseeded"
-        how += "" if r.reasoning_tags is None else f" thinking:{json.dumps(r.reasoning_tags)}"
+        seen = "seen " if r.verdict == "constrained" else ""  # between tags that are there, and never cut without them
+        how += "" if r.reasoning_tags is None else f" {seen}thinking:{json.dumps(r.reasoning_tags)}"
         return f"api:{r.base_url} {r.model} {self.questions.identity(how)}"
 
     @property
@@ -200,7 +201,9 @@ class ApiJudge:
 
     def _read(self, reply: Reply) -> Verdict:
         tags = self.recipe.reasoning_tags
-        text = reply.text if tags is None else after_thinking(reply.text, tags, may_be_inside=reply.cut)
+        # a server that thinks before a constrained verdict shows the tags: the rest can be nothing but a choice, cut or whole
+        unseen = reply.cut and self.recipe.verdict != "constrained"
+        text = reply.text if tags is None else after_thinking(reply.text, tags, may_be_inside=unseen)
         return self.questions.read([(text, reply.cut)])
 
     async def _ask_all(

@@ -15,6 +15,7 @@ from selfplay.chat import Chat, template_text
 from selfplay.errors import DataError, GeneratorError, RecipeError
 from selfplay.generators.engine import EngineSettings, Scorer, start_scorer
 from selfplay.generators.isolated import EngineDiedError, IsolatedEngine
+from selfplay.model_files import tokenizer_digest
 from selfplay.models import declared_length, local_model
 from selfplay.protocols import JudgeContext
 from selfplay.recipe_reward import RewardModelRecipe
@@ -23,12 +24,16 @@ from selfplay.types import Group, Judgement, Message, Prompt
 
 Place = tuple[int, int]  # of a completion: its group's, and its own in the group
 
+# Part of the judge's identity: raise it when a change of how a conversation becomes tokens can change a score. 2: markup in
+# messages is read as text.
+VERSION = 2
+
 
 class RewardModelJudge:
     """Scores every completion by the logit that the model gives to the conversation which ends with it.
 
     `open_scorer` opens the model when the first group is judged; `close()`, or the end of a `with` block, frees it.
-    `model` is the digest of the weights.
+    `model` is the digest of the weights, `tokenizer` that of the files beside them that make tokens of text.
     """
 
     def __init__(
@@ -37,12 +42,14 @@ class RewardModelJudge:
         open_scorer: Callable[[], Scorer],
         *,
         model: str,
+        tokenizer: str,
         max_length: int | None,
         max_batch_tokens: int,
         dtype: str,
     ) -> None:
         self.chat = chat
         self.model = model
+        self.tokenizer = tokenizer
         self.max_length = max_length
         self.max_batch_tokens = max_batch_tokens
         self.dtype = dtype
@@ -51,9 +58,9 @@ class RewardModelJudge:
 
     @property
     def identity(self) -> str:
-        """Weights, template, length and dtype: whatever a score depends on, the device's rounding apart."""
-        template = hashlib.sha256(self.chat.template_digest_text.encode()).hexdigest()[:16]
-        return f"reward_model:{self.model} template {template} max_length {self.max_length} dtype {self.dtype}"
+        """Weights, tokenizer, template, version, length and dtype: whatever a score depends on, the device's rounding apart."""
+        read = hashlib.sha256(f"{self.tokenizer} {self.chat.template_digest_text}".encode()).hexdigest()[:16]
+        return f"reward_model v{VERSION}:{self.model} chat {read} max_length {self.max_length} dtype {self.dtype}"
 
     def close(self) -> None:
         """Frees the model, if it was opened. Calling it twice is fine; the next use opens it anew."""
@@ -160,6 +167,7 @@ def open_reward_model(recipe: RewardModelRecipe, key: str = "judge") -> RewardMo
         load_reward_chat(folder, recipe.chat_template, key=f"{key}.chat_template"),
         lambda: _open(settings),
         model=weights_digest(folder),
+        tokenizer=tokenizer_digest(folder),
         max_length=recipe.max_length or declared_length(folder),
         max_batch_tokens=recipe.max_batch_tokens,
         dtype=recipe.dtype,

@@ -16,7 +16,7 @@ import regex
 from selfplay.judges.checks.verdict import NoVerdictError
 
 _COUNT = re.compile(r"\{(?:\d+,?\d*|,\d*)\}")
-_VERBOSE = re.compile(r"\(\?[aimsu]*x")
+_FLAGS = re.compile(r"\(\?([aiLmsux]*)(?:-([imsx]+))?([:)])")
 _NAME = re.compile(r"N\{[^{}]*\}")
 
 
@@ -49,7 +49,7 @@ def _compiled(pattern: str, *, ignore_case: bool) -> Any:
 def _as_re(pattern: str) -> str:
     """The pattern with an escape before each brace and bracket that `re` takes as itself and regex would not."""
     kept, at, opened = [], 0, -1  # `opened`: where the class begins that `at` is in
-    verbose = _VERBOSE.search(pattern) is not None
+    verbose = [False]  # of the whole pattern, and of each group that `at` is in
     while at < len(pattern):
         char, end = pattern[at], at + 1
         if char == "\\":
@@ -63,7 +63,17 @@ def _as_re(pattern: str) -> str:
             opened = at
         elif pattern.startswith("(?#", at):
             end = pattern.index(")", at) + 1
-        elif char == "#" and verbose:
+        elif char == "(":
+            flags = _FLAGS.match(pattern, at)
+            end = flags.end() if flags is not None else end
+            on, off, ends = flags.groups(default="") if flags is not None else ("", "", "")
+            if ends == ")":  # flags of what they stand in
+                verbose[-1] |= "x" in on
+            else:
+                verbose.append("x" in on or (verbose[-1] and "x" not in off))
+        elif char == ")":
+            verbose.pop()
+        elif char == "#" and verbose[-1]:
             end = (pattern + "\n").index("\n", at)
         elif char == "{":
             count = _COUNT.match(pattern, at)
