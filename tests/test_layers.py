@@ -59,6 +59,7 @@ ORDER = (
     "agreement",
     "labelled",
     "pool_checks",
+    "recipe_checks",
     "self_agreement",
     "canaries",
     "audit",
