@@ -73,7 +73,7 @@ def train_offline(lab: Lab, item: Item, start: Path, values: Values, out: Path) 
 
 def table(lab: Lab) -> str:
     """Every item, then the comparisons."""
-    panels = {item: p for item in lab.items() if lab.done(item) and (p := read_panel(lab.folder(item) / "test"))}
+    panels = read_panels(lab)
     rows: list[list[Any]] = []
     for item in lab.items():
         done, panel, base = lab.done(item), panels.get(item), panels.get(Item("base", item.seed, "only"))
@@ -91,6 +91,11 @@ def table(lab: Lab) -> str:
         rows.append([item.arm, item.point, item.seed, how, *trained_on(lab.folder(item), done["rate"]), *shown])
     head = "arm|point|seed|rate or setting|pairs|steps|score|gain|greedy|length|entropy|KL|IFEval|greedy"
     return "\n\n".join([markdown(head.split("|"), rows), matched(lab, panels), first_points(lab)])
+
+
+def read_panels(lab: Lab) -> Panels:
+    """The test panels of what is done."""
+    return {item: p for item in lab.items() if lab.done(item) and (p := read_panel(lab.folder(item) / "test"))}
 
 
 def curve(lab: Lab, panels: Panels, arm: str, seed: int) -> list[tuple[float, Scores]] | None:

@@ -5,6 +5,7 @@ the plans, and are executed as they stand.
     python tests/science/run.py B --arm coin --seed 0        # one arm with one seed; what it needs must be there
     python tests/science/run.py C --list                     # what is done and what is left, with minutes of one core
     python tests/science/run.py A B --table                  # the tables of what is there, in Markdown
+    python tests/science/run.py C --plot score_kl.svg        # C's curves of score against KL; needs matplotlib
     python tests/science/run.py B --dry-run                  # checks every recipe; plays nothing
 
 A second call goes on where the first one stopped. Two calls may run at once on different arms or seeds, once `--prepare` is
@@ -21,7 +22,7 @@ import spin
 import spin_table
 from lab import PLANS, ROOT, Item, Lab, read_plan
 
-from selfplay.errors import SelfplayError
+from selfplay.errors import DataError, SelfplayError
 from selfplay.plan import make_plan
 from selfplay.recipe_file import parse_yaml
 
@@ -39,13 +40,15 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             if asked.list:
                 print(listed(lab, chosen))
+            elif asked.plot:
+                plot(lab, asked.plot)
             elif not asked.table:
                 PREPARE[id](lab, data_only=asked.dry_run)
                 failed += 0 if asked.prepare else sum(not tried(lab, item, dry=asked.dry_run) for item in chosen)
         except SelfplayError as error:
             print(f"{id}: {error}", file=sys.stderr)
             failed += 1
-        if not (asked.list or asked.dry_run or asked.prepare):
+        if not (asked.list or asked.plot or asked.dry_run or asked.prepare):
             print(f"\n## Experiment {id}\n\n{lab.plan['question']}\n\n{TABLES[id](lab)}\n", flush=True)
     return 1 if failed else 0
 
@@ -57,6 +60,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, help="this seed alone")
     parser.add_argument("--list", action="store_true", help="say what is done and what is left")
     parser.add_argument("--table", action="store_true", help="print the tables; play nothing")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="C: draw score against KL; play nothing")
     parser.add_argument("--dry-run", action="store_true", help="check every recipe; play nothing")
     parser.add_argument("--prepare", action="store_true", help="do only what all arms share, as the judges' accuracy")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "science")
@@ -109,6 +113,16 @@ def check(lab: Lab, item: Item) -> None:
     for name, panel in lab.plan["panels"].items():
         recipe = lab.recipe(panel, arm.get("panel", {}), seed=item.seed)
         make_plan(recipe.model_copy(update={"rounds": 1}), lab.folder(item) / name)
+
+
+def plot(lab: Lab, path: Path) -> None:
+    """Raises DataError for an experiment that has no curve."""
+    if lab.id != "C":
+        raise DataError(f"--plot draws score against KL, which only C has: run.py C --plot {path}")
+    import curves  # it loads matplotlib
+
+    curves.draw(lab, path)
+    print(f"{lab.id}: {path}")
 
 
 def listed(lab: Lab, items: list[Item]) -> str:

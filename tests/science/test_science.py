@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import curves
 import judges
 import play as player
 import pytest
@@ -104,6 +105,23 @@ def test_scores_at_a_matched_kl_lie_on_the_line_between_the_points_around_it() -
     assert at_kl(curve, 0.4) == {"a": 1.0, "b": 0.0}
     with pytest.raises(AssertionError, match="within both curves"):
         at_kl(curve, 0.5)
+
+
+def test_a_mean_curve_ends_where_the_shortest_one_does() -> None:
+    steep = [(0.0, {"a": 0.0, "b": 0.0}), (0.02, {"a": 0.5, "b": 0.1})]
+    bent = [(0.0, {"a": 0.0}), (0.04, {"a": 0.2}), (0.01, {"a": 0.2})]
+    kls, means = curves.mean_curve([steep, bent])
+    assert (kls[0], kls[-1]) == (0.0, 0.02)
+    assert (means[0], means[-1]) == pytest.approx((0.0, (0.3 + 0.2) / 2))
+
+
+def test_a_curve_without_points_and_an_experiment_without_curves_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for id, reason in (("C", "no arm has a seed with all of its points"), ("B", "which only C has")):
+        assert main([id, "--plot", str(tmp_path / "kl.svg"), "--out", str(tmp_path)]) == 1
+        assert reason in capsys.readouterr().err
+    assert not (tmp_path / "kl.svg").exists()
 
 
 def test_a_gain_in_proportion_to_accuracy_leaves_no_residual() -> None:
@@ -270,6 +288,12 @@ def test_rounds_and_offline_are_played_to_the_tables_at_a_matched_kl(tiny: Path,
     assert len({line.count("|") for line in table.split("\n\n")[0].splitlines()}) == 1
     line = next(line for line in table.splitlines() if line.startswith("| prior - offline | 1 |"))
     assert "not run" not in line
+    pictures = [tmp_path / "first" / "kl.svg", tmp_path / "kl.svg"]
+    for picture in pictures:
+        curves.draw(lab, picture)
+    assert "rejection_sampling, 1 seed<" in pictures[0].read_text()
+    assert "initial" not in pictures[0].read_text(), "an arm that was not played has no curve"
+    assert pictures[0].read_bytes() == pictures[1].read_bytes()
 
 
 def only(lab: Lab, *arms: str) -> Sequence[Item]:
