@@ -22,7 +22,7 @@ from selfplay.models import load_chat, named_model, open_generator, prompt_room,
 from selfplay.parts import note_drops, open_judge_model
 from selfplay.progress import Reporter
 from selfplay.protocols import Judge, JudgeContext
-from selfplay.recipe import Recipe
+from selfplay.recipe import Recipe, SourceView
 from selfplay.recipe_judges import JudgeRecipe, LLMJudgeRecipe, asks_policy, judges_in
 from selfplay.recipe_values import optional_at_round
 from selfplay.records import Records
@@ -175,7 +175,13 @@ def judge_here(
     if not asked:
         raise RecipeError("judge: the recipe has none")
     made: dict[str, Judge] = {}
-    judges = {name: open_judge(recipe, one, allow_code=allow_code, made=made) for name, one in asked.items()}
+    judges: dict[str, Judge] = {}
+
+    def open_source(name: str, view: SourceView) -> None:
+        if view.judge is not None:
+            judges[name] = open_judge(recipe, view.judge, allow_code=allow_code, made=made)
+
+    recipe.for_each(open_source)
     own = any(asks_policy(one) for one in asked.values())
     if own and model is None:
         raise RecipeError("judge.model is the policy itself: name it with --model")

@@ -32,13 +32,16 @@ def evaluate(
     chat = load_chat(str(folder), recipe.chat)
     pools = load_pools(recipe, chat=chat, room=prompt_room(recipe, folder))
     made: dict[str, Judge] = {}
-    heldout = []
-    for name, view in recipe.by_source.items():
+    heldout: list[HeldOut] = []
+
+    def open_source(name: str, view: SourceView) -> None:
         prompts, asked = pools[name].heldout[: recipe.evaluate.num_prompts], view.heldout_judge
         with panel_keys(view):
             judge = open_judge(recipe, asked, allow_code=allow_code, made=made) if asked is not None else None
         judge = measuring(judge, named=view.evaluate.judge is not None)
-        heldout += [HeldOut(name, prompts, judge)] if prompts else []
+        heldout.extend([HeldOut(name, prompts, judge)] if prompts else [])
+
+    recipe.for_each(open_source)
     if not heldout:
         raise RecipeError("prompts.heldout: the recipe holds no prompts out, so there is nothing to evaluate on")
     judges = {one.name: one.judge for one in heldout}

@@ -112,6 +112,21 @@ def test_a_reward_model_at_chance_is_refused_in_any_source_before_anything_is_sa
     assert not list(out.rglob("groups"))
 
 
+@pytest.mark.parametrize("command", ["judge", "evaluate"])
+def test_a_judge_that_does_not_open_is_told_with_its_source_where_a_stage_runs_alone(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    (tmp_path / "mine.py").write_text("import absent_package\n\n\ndef score(prompt, completion):\n    return 1.0\n")
+    sources = {**SOURCES, "rules": {**SOURCES["rules"], "judge": {"kind": "python", "target": "mine.py:score"}}}
+    mixed = write_mixed(tmp_path, tiny, **ONE_ROUND, sources=sources)
+    ok("generate", mixed, "--model", tiny, "--out", tmp_path / "groups")
+    inputs = ["--groups", str(tmp_path / "groups")] if command == "judge" else ["--model", str(tiny)]
+    assert main([command, str(mixed), *inputs, "--allow-code", "--out", str(tmp_path / "out")]) == 69
+    said = " ".join(capsys.readouterr().err.split())
+    assert "sources.rules" in said
+    assert "absent_package" in said
+
+
 def test_every_source_tells_how_good_its_judge_is_on_labelled_pairs(
     coin: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
